@@ -28,7 +28,7 @@ class Talk:
     def say(self, asked: list[int], *, streamer: Any = None) -> tuple[list[int], int]:
         """Return the text so far, and how many tokens were run over to get it."""
         prompt = [*asked, *ASKS]
-        held, run = self.reading.held(prompt, self.config), 0
+        held, run = self.reading.cached_length(prompt, self.config), 0
 
         def count(_: Any, given: Any, named: Any) -> None:
             nonlocal run
@@ -87,11 +87,11 @@ def test_answering_again_reads_what_asks_for_an_answer(family: Family) -> None:
     talk.say(asked)
     _, run = talk.say(asked)
     assert run == (len(ASKS) if talk.recurrent else 1) + NEW - 1
-    assert len(talk.reading._kept) == (1 if talk.recurrent else 0)
+    assert len(talk.reading._snapshots) == (1 if talk.recurrent else 0)
     text = asked
     for turn in range(3):
         text, _ = talk.say(text + ids(4, turn))
-    assert len(talk.reading._kept) == (PLACES if talk.recurrent else 0)
+    assert len(talk.reading._snapshots) == (PLACES if talk.recurrent else 0)
 
 
 def test_an_answer_that_is_cut_short_leaves_its_question(family: Family) -> None:
@@ -136,7 +136,7 @@ def test_options_that_want_another_cache_read_everything(index: int) -> None:
     first, _ = talk.say(ids(20, 1))
     for options in ({"num_beams": 2}, {"use_cache": False}, {"cache_implementation": "static"}):
         plain, talk.config = talk.config, talk.config.replace(**options)
-        assert talk.reading.held(first, talk.config) == 0
+        assert talk.reading.cached_length(first, talk.config) == 0
         talk.say(first + ids(3, 2))
         talk.config = plain
         talk.say(first + ids(3, 2))

@@ -300,13 +300,13 @@ def test_valid_and_invalid_ones_take_turns() -> None:
 def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The grammars that were compiled, one after another."""
     found: list[str] = []
-    once = Compiled._made
+    once = Compiled._new_matcher
 
     def counted(self: Any) -> Any:
         found.append(self._grammar)
         return once(self)
 
-    monkeypatch.setattr(Compiled, "_made", counted)
+    monkeypatch.setattr(Compiled, "_new_matcher", counted)
     return found
 
 

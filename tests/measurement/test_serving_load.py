@@ -13,7 +13,7 @@ import pytest
 
 from measurement.fakeserver import FakeServer
 from quintet.errors import InputError, ServingError
-from quintet.measurement.serving.asking import Asked, Target, find
+from quintet.measurement.serving.asking import RequestRecord, Target, find
 from quintet.measurement.serving.connection import Address
 from quintet.measurement.serving.load import Load, run
 from quintet.measurement.serving.summary import Goals, lines, summary
@@ -23,8 +23,10 @@ from waiting import PATIENCE, in_some_try
 SMALL = Shape(shared=20, own=12, out=5)
 
 
-def measured(fake: FakeServer, shape: Shape, load: Load, warm: int = 0, **how: Any) -> list[Asked]:
-    async def both() -> list[Asked]:
+def measured(
+    fake: FakeServer, shape: Shape, load: Load, warm: int = 0, **how: Any
+) -> list[RequestRecord]:
+    async def both() -> list[RequestRecord]:
         target = await find(Address.of(fake.url), **how)
         fake.asked.clear()
         return await run(target, shape, load, warm=warm)
@@ -113,7 +115,7 @@ def test_what_is_under_way_is_cut() -> None:
     shape = Shape(shared=0, own=3, out=200_000)
     load = Load(conversations=9, clients=2, seconds=1.0, cut=True)
 
-    def cut() -> list[Asked]:
+    def cut() -> list[RequestRecord]:
         asked = measured(FakeServer(pause=0.02), shape, load)
         assert [one.dropped for one in asked] == [True, True]
         return asked
@@ -171,7 +173,7 @@ def test_a_stream_that_is_cut_off_is_a_failure(chunked: bool) -> None:
     fake = FakeServer(chunked=chunked)
     with fake.running():
 
-        async def cut() -> Asked:
+        async def cut() -> RequestRecord:
             target = await find(Address.of(fake.url))
             fake.cuts = True
             return await target.ask([1, 2, 3], 4)
@@ -185,7 +187,7 @@ def test_an_answer_that_takes_too_long_is_a_failure() -> None:
     fake = FakeServer()
     with fake.running():
 
-        async def slow() -> Asked:
+        async def slow() -> RequestRecord:
             target = replace(await find(Address.of(fake.url)), timeout=0.05)
             fake.pause = 60.0
             return await target.ask([1], 2)
@@ -195,7 +197,7 @@ def test_an_answer_that_takes_too_long_is_a_failure() -> None:
 
 def test_percentiles_rates_and_goals() -> None:
     asked = [
-        Asked(
+        RequestRecord(
             due=float(n),
             came=[n + 0.1 * (n + 1), n + 0.1 * (n + 1) + 0.05, n + 0.1 * (n + 1) + 0.2],
             ended=n + 0.1 * (n + 1) + 0.2,

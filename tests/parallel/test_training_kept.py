@@ -11,7 +11,7 @@ from parallel.launching import launch
 from parallel.pool import Pool
 from quintet import AutoModelForCausalLM
 from quintet.training import train
-from quintet.training.checkpoints import kept
+from quintet.training.checkpoints import saved_checkpoints
 from trainings import Heard, material, settings
 
 TABLES: dict[str, Any] = {
@@ -73,7 +73,7 @@ def test_who_dies_at_any_write_of_a_save_leaves_a_checkpoint_or_none(
     deaths = two.run(keeping.dies_at_each_write, config)
     assert deaths[0] > 8
     assert deaths[1] == 0
-    assert [one.step for one in kept(tmp_path / "run")] == [1, 2, 3]
+    assert [one.step for one in saved_checkpoints(tmp_path / "run")] == [1, 2, 3]
 
 
 def test_a_save_that_fails_is_told_and_all_go_on(root: Path, tmp_path: Path, two: Pool) -> None:
@@ -84,7 +84,7 @@ def test_a_save_that_fails_is_told_and_all_go_on(root: Path, tmp_path: Path, two
     assert "step-00000002" in line
     assert "No space left" in line
     assert "The training goes on" in line
-    assert [one.step for one in kept(tmp_path / "run")] == [1, 3]
+    assert [one.step for one in saved_checkpoints(tmp_path / "run")] == [1, 3]
 
 
 @pytest.mark.parametrize("parallel", [{"fsdp": 2}, {"pp": 2}], ids=["fsdp", "pp"])
@@ -100,4 +100,4 @@ def test_who_fails_in_a_step_is_named_and_all_end(
     assert "rank 1 " in line
     assert "failed: ValueError: no such number" in line
     assert ended[0].out == "of rank 1\n"
-    assert [one.step for one in kept(tmp_path / "run")] == [1, 2]
+    assert [one.step for one in saved_checkpoints(tmp_path / "run")] == [1, 2]

@@ -11,7 +11,7 @@ import torch
 from quintet import Qwen2Config, Qwen2ForCausalLM
 from quintet.checkpoint import Checkpoint
 from quintet.errors import SaveError
-from quintet.training.checkpoints import best, clean_up, kept, prune, put, read_tensors
+from quintet.training.checkpoints import best, clean_up, prune, put, read_tensors, saved_checkpoints
 
 CALLS = ("fsync", "replace", "mkdir")
 
@@ -59,7 +59,7 @@ def number_of_calls(run: Path, model: Qwen2ForCausalLM) -> int:
 
 def intact(run: Path, steps: set[int]) -> bool:
     """Tell whether a run has just these checkpoints, and each is whole."""
-    found = kept(run)
+    found = saved_checkpoints(run)
     for one in found:
         Checkpoint.open(one.path)
         assert read_tensors(one)["w"].tolist() == [one.step] * 4
@@ -98,7 +98,7 @@ def test_a_save_that_dies_anywhere_leaves_what_was_there_or_the_new_one(
                 write(tmp_path, 2, model)
             os._exit(0)
         os.waitpid(child, 0)
-        there = {one.step for one in kept(tmp_path)}
+        there = {one.step for one in saved_checkpoints(tmp_path)}
         assert there in ({1}, {1, 2})
         assert intact(tmp_path, there)
         seen.add(len(there))
@@ -115,17 +115,17 @@ def test_the_last_and_the_best_are_kept(model: Qwen2ForCausalLM, tmp_path: Path)
     scores = {1: 3.0, 2: 1.0, 3: 2.0, 4: None, 5: 1.0}
     for step, score in scores.items():
         write(tmp_path, step, model, score)
-    found = best(kept(tmp_path))
+    found = best(saved_checkpoints(tmp_path))
     assert found is not None
     assert (found.step, found.score) == (2, 1.0)
     prune(tmp_path, 2)
-    assert [one.step for one in kept(tmp_path)] == [2, 4, 5]
+    assert [one.step for one in saved_checkpoints(tmp_path)] == [2, 4, 5]
 
 
 def test_a_step_that_is_saved_again_is_replaced(model: Qwen2ForCausalLM, tmp_path: Path) -> None:
     write(tmp_path, 1, model)
     write(tmp_path, 1, model, 0.5)
-    assert [one.score for one in kept(tmp_path)] == [0.5]
+    assert [one.score for one in saved_checkpoints(tmp_path)] == [0.5]
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 
@@ -134,4 +134,4 @@ def test_a_checkpoint_without_one_of_its_files_is_none(
     name: str, model: Qwen2ForCausalLM, tmp_path: Path
 ) -> None:
     (write(tmp_path, 1, model) / name).unlink()
-    assert kept(tmp_path) == []
+    assert saved_checkpoints(tmp_path) == []

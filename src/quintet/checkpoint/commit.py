@@ -122,11 +122,11 @@ def _finish(staged: Staged, stale: list[Path]) -> list[Path]:
         else:
             stale = [*stale, *(directory / name for name in names)]
             names = finals
-    kept = [*names, staged.names.index] if staged.sharded else names
+    committed = [*names, staged.names.index] if staged.sharded else names
     for path in stale if sure else []:
-        if path.name not in kept and not _attempt(disk.remove, path):
+        if path.name not in committed and not _attempt(disk.remove, path):
             warnings.warn(f"{path} is no longer used and could not be removed", stacklevel=4)
-    return [directory / name for name in [*kept, *staged.texts]]
+    return [directory / name for name in [*committed, *staged.texts]]
 
 
 def _take_infixes_out(staged: Staged) -> None:

@@ -40,7 +40,7 @@ def read_consistently(
         return read()
     until = time.monotonic() + PATIENCE
     while True:
-        settled = recover(directory)
+        recovered = recover(directory)
         named = Names(variant, stem)
         before = _state(directory, named)
         problem: QuintetError | OSError | None = None
@@ -49,11 +49,11 @@ def read_consistently(
         except (QuintetError, OSError) as error:
             problem = error
         # A save may have begun since, and nothing of it show yet but its note.
-        settled = recover(directory) and settled
+        recovered = recover(directory) and recovered
         same = _state(directory, named) == before
         if problem is None and same:
             return found
-        if problem is not None and ((same and settled) or time.monotonic() > until):
+        if problem is not None and ((same and recovered) or time.monotonic() > until):
             raise problem
         if time.monotonic() > until:
             raise CheckpointError(f"{directory} is saved into all the time; end that, or copy it")

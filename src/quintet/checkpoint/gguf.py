@@ -88,10 +88,12 @@ class GGUFCheckpoint:
             CheckpointError: no such tensor, or a file was overwritten after `open`.
         """
         wanted = dict.fromkeys(names)
-        made = [name for name in wanted if name in self.tensors.keys() - self._files.tensors.keys()]
-        for name in made:
+        derived = [
+            name for name in wanted if name in self.tensors.keys() - self._files.tensors.keys()
+        ]
+        for name in derived:
             yield name, torch.zeros(self.tensors[name].shape, dtype=torch.float32, device="cpu")
-        for name, tensor in self._files.read(wanted.keys() - set(made)):
+        for name, tensor in self._files.read(wanted.keys() - set(derived)):
             heads = self._paired.get(name)
             yield name, tensor if heads is None else _in_halves(tensor, heads)
 

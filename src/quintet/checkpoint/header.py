@@ -111,8 +111,8 @@ def read_header(path: Path) -> Header:
     return Header(_tensors(path, content, 8 + length, size), metadata)
 
 
-def parse_object(raw: bytes, what: str) -> dict[str, Any]:
-    """Read a JSON object in which every key is there once; `what` names it in messages.
+def parse_object(raw: bytes, description: str) -> dict[str, Any]:
+    """Read a JSON object in which every key is there once; `description` names it in messages.
 
     Raises:
         CheckpointError: it is not UTF-8, not JSON, not an object, or a key is there twice.
@@ -121,7 +121,7 @@ def parse_object(raw: bytes, what: str) -> dict[str, Any]:
 
     # Each takes some sixty bytes, however few it has in the file.
     if raw.count(b"[") + raw.count(b"{") > MAX_CONTAINERS:
-        raise CheckpointError(f"{what} has more than {MAX_CONTAINERS} lists and objects")
+        raise CheckpointError(f"{description} has more than {MAX_CONTAINERS} lists and objects")
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         nonlocal objects
@@ -141,10 +141,10 @@ def parse_object(raw: bytes, what: str) -> dict[str, Any]:
         value = json.loads(raw.decode(), object_pairs_hook=unique, parse_constant=refused)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"{what} is not readable as JSON ({error}); fetch the file again"
+            f"{description} is not readable as JSON ({error}); fetch the file again"
         ) from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{what} has to be a JSON object, not {shown(value)}")
+        raise CheckpointError(f"{description} has to be a JSON object, not {shown(value)}")
     return value
 
 
@@ -168,8 +168,8 @@ def encode_header(
     return len(raw).to_bytes(8, "little") + raw
 
 
-def _damaged(path: Path, what: str) -> NoReturn:
-    raise CheckpointError(f"{path} {what}; the file is damaged or incomplete, fetch it again")
+def _damaged(path: Path, fault: str) -> NoReturn:
+    raise CheckpointError(f"{path} {fault}; the file is damaged or incomplete, fetch it again")
 
 
 def _tensors(

@@ -48,7 +48,7 @@ class Checkpoint:
     metadata: Mapping[str, str]
     _stamps: Mapping[Path, tuple[int, int, int]] = field(repr=False)
     # Until all of a file has been read, it is held: a save may remove it meanwhile.
-    _held: dict[Path, MappedFile] = field(repr=False, compare=False)
+    _maps: dict[Path, MappedFile] = field(repr=False, compare=False)
     _mapped: WeakValueDictionary[Path, MappedFile] = field(
         default_factory=WeakValueDictionary, repr=False, compare=False
     )
@@ -94,13 +94,13 @@ class Checkpoint:
             _check_shards(index, weight_map, dict(zip(shards, headers, strict=True)), save_id)
         else:
             raise CheckpointError(_why_nothing(directory, named))
-        held = {path: _map(path, stamp) for path, stamp in stamps.items()}
+        mapped = {path: _map(path, stamp) for path, stamp in stamps.items()}
         tensors = taken_apart(
             {name: info for header in headers for name, info in header.tensors.items()}
         )
         common = set.intersection(*(set(header.metadata.items()) for header in headers))
         metadata = MappingProxyType(dict(sorted(common)))
-        return cls(directory, MappingProxyType(tensors), metadata, stamps, held)
+        return cls(directory, MappingProxyType(tensors), metadata, stamps, mapped)
 
     @classmethod
     def of_files(
@@ -114,8 +114,8 @@ class Checkpoint:
         Raises:
             CheckpointError: a file is another one by now.
         """
-        held = {path: _map(path, stamp) for path, stamp in stamps.items()}
-        return cls(directory, MappingProxyType(dict(tensors)), {}, stamps, held)
+        mapped = {path: _map(path, stamp) for path, stamp in stamps.items()}
+        return cls(directory, MappingProxyType(dict(tensors)), {}, stamps, mapped)
 
     @property
     def mapped(self) -> bool:
@@ -157,13 +157,13 @@ class Checkpoint:
     def _stream(self, by_file: dict[Path, list[str]]) -> Iterator[tuple[str, torch.Tensor]]:
         counts = Counter(info.file for info in self.tensors.values())
         for file, names in by_file.items():
-            mapped = self._held.get(file) or _map(file, self._stamps[file])
+            mapped = self._maps.get(file) or _map(file, self._stamps[file])
             _check_not_overwritten(file, self._stamps[file])
             self._mapped[file] = mapped
             for name in names:
                 yield name, mapped.tensor(self.tensors[name])
             if len(names) == counts[file]:
-                self._held.pop(file, None)
+                self._maps.pop(file, None)
 
 
 def _map(file: Path, stamp: tuple[int, int, int]) -> MappedFile:
@@ -214,24 +214,24 @@ def _stamp(path: Path) -> tuple[int, int, int]:
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _why_nothing(directory: Path, named: Names) -> str:
     names = sorted(path.name for path in directory.iterdir())
-    said = f"{directory} has neither {named.single} nor {named.index}"
+    message = f"{directory} has neither {named.single} nor {named.index}"
     if pickles := [name for name in names if Path(name).suffix in _PICKLES]:
         return (
-            f"{said}, only pickled weights, which are never read because they can run code:\n"
+            f"{message}, only pickled weights, which are never read because they can run code:\n"
             f"{listed(pickles)}\nConvert them to safetensors with the tool that wrote them "
             "(save_pretrained of a recent version does), or take a revision that has them"
         )
     others = [name for name in names if name.endswith((".safetensors", INDEX, ".gguf"))]
     others += [name for name in names if re.fullmatch(r"model\.safetensors\.index\..+\.json", name)]
     if others:
-        return f"{said}; other weights there (see `variant`) are\n{listed(others)}"
-    return f"{said}; name a directory that holds weights, or {_AGAIN}"
+        return f"{message}; other weights there (see `variant`) are\n{listed(others)}"
+    return f"{message}; name a directory that holds weights, or {_AGAIN}"
 
 
 def _read_index(path: Path) -> tuple[dict[str, str], str | None]:

@@ -166,11 +166,11 @@ def _stage(
     save_id = secrets.token_hex(8)
     header = header if sharded is False else {**header, SAVE_ID: save_id}
     written: list[str] = []
-    held: list[list[str]] = []
+    names_of_shards: list[list[str]] = []
     total = 0
     for part in parts:
         written.append(f"{len(written)}.safetensors")
-        held.append(list(part))
+        names_of_shards.append(list(part))
         total += sum(tensor.nbytes for tensor in part.values())
         # The widest numbers first, so that each lies where a machine reads it best.
         ordered = sorted(part, key=lambda name: (-part[name].dtype.itemsize, name))
@@ -187,7 +187,9 @@ def _stage(
     if len(written) > 1:
         about = {SAVE_ID: save_id, "total_size": total}
         for file, shards in ((named.index, names), (FINAL_INDEX, finals)):
-            where = {name: s for s, part in zip(shards, held, strict=True) for name in part}
+            where = {
+                name: s for s, part in zip(shards, names_of_shards, strict=True) for name in part
+            }
             index = {"metadata": about, "weight_map": dict(sorted(where.items()))}
             disk.write(staging / file, [f"{json.dumps(index, indent=2)}\n".encode()])
     for name, text in texts.items():

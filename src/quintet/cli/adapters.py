@@ -25,12 +25,14 @@ def put_adapters(model: "PreTrainedModel", given: Sequence[str], **where: Any) -
     """
     if not given:
         return
-    kept = {key: value for key, value in where.items() if key in ("local_files_only", "cache_dir")}
+    options = {
+        key: value for key, value in where.items() if key in ("local_files_only", "cache_dir")
+    }
     used = [] if model.adapters is None else model.active_adapters()
     for number, text in enumerate(given, start=1):
         name, path = _split(text)
         name = name or f"adapter-{number}"
-        model.load_adapter(path, name, **kept)
+        model.load_adapter(path, name, **options)
         used.append(name)
     model.set_adapter(used)
 

@@ -73,7 +73,7 @@ def run(
                 tokens += result.get("new_tokens", 0)
                 click.echo(json.dumps(result, ensure_ascii=False))
             done += len(group)
-            waiting.what = f"{done:,} of {total:,} lines"
+            waiting.text = f"{done:,} of {total:,} lines"
     seconds = time.perf_counter() - started
     note(f"{tokens} tokens in {seconds:.2f} s, {tokens / seconds:.1f} tokens/s", quiet)
     if failed:

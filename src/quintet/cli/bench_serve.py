@@ -155,9 +155,9 @@ async def _measured(
         extra=extra,
         timeout=timeout,
     )
-    asked = await run(target, shape, load, warm=warm)
+    requests = await run(target, shape, load, warm=warm)
     kind = "ids" if isinstance(target.material, Ids) else "text"
-    return {"model": target.model, "prompts": kind}, summary(asked, goals)
+    return {"model": target.model, "prompts": kind}, summary(requests, goals)
 
 
 def _fields(body: str | None) -> dict[str, Any]:

@@ -107,14 +107,14 @@ def command(
         conversation = Conversation() if begun is None else Conversation.load(Path(begun))
         if system is not None:
             conversation.begin_with(system)
-        elif not served and begun is None and (kept := kept_system(model, quiet, where)):
-            conversation.begin_with(kept)
+        elif not served and begun is None and (kept_message := kept_system(model, quiet, where)):
+            conversation.begin_with(kept_message)
         if served:
             from quintet.cli.remote import Remote
 
             key = key_for(model, api_key_file, context)
-            asked = {**sampling, **shape.fields, "seed": seed, **parse(settings)}
-            _talk(_Talk(Remote(model, key, asked), conversation, reasoning, quiet), question)
+            fields = {**sampling, **shape.fields, "seed": seed, **parse(settings)}
+            _talk(_Talk(Remote(model, key, fields), conversation, reasoning, quiet), question)
             return
         with Led(Local(model, seed, sampling, settings, quiet, where, shape)) as partner:
             _talk(_Talk(partner, conversation, reasoning, quiet), question)
@@ -239,9 +239,9 @@ class _Talk:
         if answer.prompt is not None and self.partner.context is not None:
             figures += f", context {answer.prompt + answer.tokens} of {self.partner.context}"
         note(figures, self.quiet)
-        for said in (outcome.ended, outcome.warning):
-            if said is not None:
-                note(said, self.quiet)
+        for line in (outcome.ended, outcome.warning):
+            if line is not None:
+                note(line, self.quiet)
 
     # -- commands -------------------------------------------------------------------------------
 
@@ -255,8 +255,8 @@ class _Talk:
 
     def _reset(self, _: str) -> None:
         self.conversation.reset()
-        kept = " but the system message" if self.conversation.system else ""
-        click.echo(f"forgotten: all{kept}", err=True)
+        except_system = " but the system message" if self.conversation.system else ""
+        click.echo(f"forgotten: all{except_system}", err=True)
 
     def _system(self, text: str) -> None:
         self.conversation = Conversation(text or None)
@@ -267,9 +267,9 @@ class _Talk:
         reasoning = given.pop("reasoning", self.reasoning)
         if reasoning not in REASONING:
             raise InputError(f"reasoning={reasoning!r} has to be one of {', '.join(REASONING)}")
-        said = self.partner.set(given)
+        settings = self.partner.set(given)
         self.reasoning = reasoning
-        click.echo(f"{said}, reasoning={self.reasoning}", err=True)
+        click.echo(f"{settings}, reasoning={self.reasoning}", err=True)
 
     def _model(self, name: str) -> None:
         click.echo(self.partner.take(name), err=True)

@@ -38,8 +38,8 @@ class Conversation:
     def with_question(self, text: str) -> list[Message]:
         """Return the messages with a further one of the user, for the model."""
         # What the model thought about earlier answers is not part of them.
-        kept = [{k: m[k] for k in ("role", "content")} for m in self.messages]
-        return [*kept, {"role": "user", "content": text}]
+        plain = [{k: m[k] for k in ("role", "content")} for m in self.messages]
+        return [*plain, {"role": "user", "content": text}]
 
     def add(self, text: str, answer: str, reasoning: str = "") -> None:
         """Keep a question and its answer."""

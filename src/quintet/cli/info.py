@@ -72,7 +72,7 @@ def _facts(name: str, where: dict[str, Any]) -> dict[str, Any]:
             },
         ),
         "quantised": _quantised(config),
-        **_held(name, config, where),
+        **_number_formats(name, config, where),
         "cache": _cache(config, size.cache_per_token, size.state_per_row),
         "attention": _attention(config),
         "kernels": outlook(),
@@ -110,7 +110,9 @@ def _quantised(config: "PreTrainedConfig") -> Fact:
     return Fact(method, method)
 
 
-def _held(name: str, config: "PreTrainedConfig", where: dict[str, Any]) -> dict[str, Fact]:
+def _number_formats(
+    name: str, config: "PreTrainedConfig", where: dict[str, Any]
+) -> dict[str, Fact]:
     """Say what becomes of the tensors of a GGUF file, which hardly is what it has."""
     import torch
 
@@ -140,8 +142,8 @@ def _held(name: str, config: "PreTrainedConfig", where: dict[str, Any]) -> dict[
 
     counts = how_held(mapping, weights.tensors, slots, dtype_of)
     listed = [
-        {"stored": kind, "held": held, "tensors": count}
-        for (kind, held), count in counts.most_common()
+        {"stored": kind, "held": number_format, "tensors": count}
+        for (kind, number_format), count in counts.most_common()
     ]
     return {"held as": Fact(in_words(counts), listed)}
 
@@ -168,22 +170,22 @@ def _backends(config: "PreTrainedConfig") -> Fact:
         found[device] = {}
         for name, backend in REGISTRY.served(device, dtype).items():
             found[device].setdefault(backend, []).append(name)
-    said = [
+    states = [
         f"on {device}, {backend}: {', '.join(names)}"
         for device, served in found.items()
         for backend, names in served.items()
     ]
     requested = [backend for backend in REGISTRY.backends if backend.on_request]
     found["on request"] = {
-        backend.name: [backend.missing() or _asked(backend.name in REGISTRY.on)]
+        backend.name: [backend.missing() or _state(backend.name in REGISTRY.on)]
         for backend in reversed(requested)
     }
-    told = [f"{name} ({why})" for name, (why,) in found["on request"].items()]
-    return Fact("; ".join((*said, f"on request: {', '.join(told)}")), found)
+    on_request = [f"{name} ({why})" for name, (why,) in found["on request"].items()]
+    return Fact("; ".join((*states, f"on request: {', '.join(on_request)}")), found)
 
 
-def _asked(asked: bool) -> str:
-    return "asked for" if asked else "there, and not asked for"
+def _state(is_on: bool) -> str:
+    return "asked for" if is_on else "there, and not asked for"
 
 
 def _attention(config: "PreTrainedConfig") -> Fact:

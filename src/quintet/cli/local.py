@@ -88,17 +88,17 @@ class Local:
 
         tokenizer, context = self.opened.tokenizer, self.context
         assert context is not None
-        said = list(messages)
-        prompt = tokenizer.apply_chat_template(said, add_generation_prompt=True, tokenize=False)
-        ids = _ids(tokenizer, said, asks=True)
+        plain = list(messages)
+        prompt = tokenizer.apply_chat_template(plain, add_generation_prompt=True, tokenize=False)
+        ids = _ids(tokenizer, plain, add_generation_prompt=True)
         answer.prompt = length = len(ids)
         config = with_default_length(self.opened, self._config, length, LONGEST_ANSWER)
         self._reading = reading = self._reading or Reading(self.opened)
-        answer.waiting.what = f"reading {counted(length - reading.held(ids, config))}"
+        answer.waiting.text = f"reading {counted(length - reading.cached_length(ids, config))}"
 
         def stable() -> int:
             # What asks for an answer is in no later prompt, where the answer itself stands.
-            return common(ids, _ids(tokenizer, said, asks=False))
+            return common(ids, _ids(tokenizer, plain, add_generation_prompt=False))
 
         answer.begin()
         with reading.turn(ids, config, stable) as turn:
@@ -143,9 +143,13 @@ class Local:
         return self.name
 
 
-def _ids(tokenizer: "PreTrainedTokenizer", messages: list[Message], *, asks: bool) -> list[int]:
+def _ids(
+    tokenizer: "PreTrainedTokenizer", messages: list[Message], *, add_generation_prompt: bool
+) -> list[int]:
     """Return a conversation in ids; what somebody said that spells a control token is text."""
-    write = partial(tokenizer.apply_chat_template, messages, add_generation_prompt=asks)
+    write = partial(
+        tokenizer.apply_chat_template, messages, add_generation_prompt=add_generation_prompt
+    )
     try:
         ids: list[int] = write(sanitize_control_tokens=True)
     except ChatTemplateError:

@@ -23,10 +23,10 @@ def command(
     """
     from quintet.auto import FAMILIES
 
-    found = [here for folder in folders for here in in_folder(folder)]
+    found = [model for folder in folders for model in in_folder(folder)]
     if not folders:
         found = [*in_cache(cache_dir), *in_other_programs()]
-    rows = [asdict(here) for here in found if everything or here.family in FAMILIES]
+    rows = [asdict(model) for model in found if everything or model.family in FAMILIES]
     for row in rows:
         del row["talks"]
         if not as_json:

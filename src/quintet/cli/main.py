@@ -154,13 +154,13 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _complain_of(error: QuintetError) -> None:
     """Say what is wrong; of several processes the first, once, and the others are told."""
-    said: str | None = str(error)
+    message: str | None = str(error)
     if "WORLD_SIZE" in os.environ:
         from quintet.cli.together import last_words
 
-        said = last_words(error)
-    if said is not None:
-        complain(f"error: {said}")
+        message = last_words(error)
+    if message is not None:
+        complain(f"error: {message}")
 
 
 def _leave_together() -> None:

@@ -24,8 +24,8 @@ def choose_model(cache_dir: str | None) -> str:
     from quintet.auto import FAMILIES
 
     found = [*in_cache(cache_dir), *in_other_programs()]
-    found = [here for here in found if here.talks and here.family in FAMILIES]
-    names = [here.model for here in found]
+    found = [model for model in found if model.talks and model.family in FAMILIES]
+    names = [model.model for model in found]
     lines = _lines(found)
     if SMALL not in names:
         names.append(SMALL)
@@ -51,8 +51,8 @@ def meant(name: str) -> str | None:
 
 
 def _lines(found: Sequence[Here]) -> list[str]:
-    longest = max((len(here.model) for here in found), default=0)
+    longest = max((len(model.model) for model in found), default=0)
     return [
-        f"  {number}  {here.model:{longest}}  {size_of(here.size)}"
-        for number, here in enumerate(found, 1)
+        f"  {number}  {model.model:{longest}}  {size_of(model.size)}"
+        for number, model in enumerate(found, 1)
     ]

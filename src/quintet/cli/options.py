@@ -181,12 +181,12 @@ class Opened:
 
 def devices_of(model: "PreTrainedModel") -> str:
     """Say which devices a model is on, in the order of a forward, and with how much on several."""
-    held: dict[torch.device, int] = {}
+    nbytes: dict[torch.device, int] = {}
     for part in model.parameters():
-        held[part.device] = held.get(part.device, 0) + part.nbytes
-    if len(held) < 2:
+        nbytes[part.device] = nbytes.get(part.device, 0) + part.nbytes
+    if len(nbytes) < 2:
         return str(model.device)
-    return ", ".join(f"{device} ({size_of(size)})" for device, size in held.items())
+    return ", ".join(f"{device} ({size_of(size)})" for device, size in nbytes.items())
 
 
 def divided(model: "PreTrainedModel") -> str:
@@ -217,23 +217,23 @@ def has_kernels(weight_format: "WeightFormat") -> bool:
     from quintet.kernels.matrix import integers, kind_of
     from quintet.quantization.ordered import OrderedFormat
 
-    held = weight_format
+    own_format = weight_format
     if isinstance(weight_format, OrderedFormat):
-        held = weight_format.inner
+        own_format = weight_format.inner
     # Of any size that all formats have.
     rows, columns = 256, 256
     parts = {
         suffix: torch.empty(part.shape, dtype=part.dtype, device="meta")
-        for suffix, part in held.parts((rows, columns)).items()
+        for suffix, part in own_format.parts((rows, columns)).items()
     }
-    matrix = held.matrix(parts)
+    matrix = own_format.matrix(parts)
     return matrix is not None and integers(matrix, kind_of(matrix), columns) is not None
 
 
 def kind_of(model: "PreTrainedModel") -> str:
     """Say in which format and dtype a model is held."""
-    dtype, held = str(model.dtype).removeprefix("torch."), held_as(model)
-    return dtype if held is None else f"{held.name} and {dtype}"
+    dtype, weight_format = str(model.dtype).removeprefix("torch."), held_as(model)
+    return dtype if weight_format is None else f"{weight_format.name} and {dtype}"
 
 
 def open_model(
@@ -269,9 +269,9 @@ def open_model(
     given = {"attn_implementation": attn_implementation, "quantize": quantize}
     overrides: dict[str, Any] = {k: value for k, value in given.items() if value is not None}
     sizes = {"tp_size": tp, "ep_size": ep, "pp_size": pp}
-    asked = {key: value for key, value in sizes.items() if value is not None}
-    if asked or several():
-        overrides["distributed_config"] = asked
+    degrees = {key: value for key, value in sizes.items() if value is not None}
+    if degrees or several():
+        overrides["distributed_config"] = degrees
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **where)
     except ModelNotFoundError as error:
@@ -294,10 +294,11 @@ def open_model(
         torch.set_num_threads(threads)
     seconds = time.perf_counter() - started
     if model.device.type == "cpu":
-        held = held_as(model)
-        if held is not None and not has_kernels(held):
+        weight_format = held_as(model)
+        if weight_format is not None and not has_kernels(weight_format):
             warnings.warn(
-                f"{held.name} is turned into numbers at every step on a CPU, many times slower "
+                f"{weight_format.name} is turned into numbers at every step on a CPU, many times "
+                "slower "
                 "than int8 and int4, which have kernels: --quantize int8",
                 stacklevel=2,
             )

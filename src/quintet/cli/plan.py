@@ -145,13 +145,13 @@ def _plan(
 
     from quintet.modeling.placement import layout, named_dtype
 
-    held = config.torch_dtype or torch.bfloat16 if dtype == "auto" else named_dtype(dtype)
+    computed = config.torch_dtype or torch.bfloat16 if dtype == "auto" else named_dtype(dtype)
     capacity = _capacity(memory)
     device = next(iter(capacity))
-    kept = quantize or _kept(config, device, assumed=bool(memory), tensors=tensors)
-    size = _size(config, held, kept, tensors, device)
-    cache = size.cache_bytes(batch, context, held.itemsize)
-    working = size.working_bytes(batch, min(PROMPT, context), held.itemsize)
+    stored = quantize or _stored(config, device, assumed=bool(memory), tensors=tensors)
+    size = _size(config, computed, stored, tensors, device)
+    cache = size.cache_bytes(batch, context, computed.itemsize)
+    working = size.working_bytes(batch, min(PROMPT, context), computed.itemsize)
     working += batch * config.vocab_size * 4
 
     def named(device: torch.device) -> str:
@@ -159,7 +159,7 @@ def _plan(
         return f"device {device.index}" if memory else str(device)
 
     needed = size.weight_bytes + cache + working
-    kind = kept or str(held).removeprefix("torch.")
+    kind = stored or str(computed).removeprefix("torch.")
     facts: dict[str, Any] = {
         "family": config.model_type,
         "parameters": size.parameters,
@@ -180,16 +180,16 @@ def _plan(
     except DoesNotFitError:
         facts["fits"] = False
         total = sum(room.values())
-        least = _size(config, held, "int4").weight_bytes + cache + working
-        instead = _instead(config, held, quantize, total, cache)
-        said = (
+        least = _size(config, computed, "int4").weight_bytes + cache + working
+        instead = _instead(config, computed, quantize, total, cache)
+        advice = (
             f"it would with --quantize {instead}"
             if instead
             else f"the least that is needed is {size_of(least)}, with --quantize int4"
         )
-        facts |= {"instead": Fact(said, instead), "least": Fact(None, least)}
-        there = size_of(sum(capacity.values()))
-        return facts, f"{size_of(needed)} needed, and there are {there}; {said}"
+        facts |= {"instead": Fact(advice, instead), "least": Fact(None, least)}
+        available = size_of(sum(capacity.values()))
+        return facts, f"{size_of(needed)} needed, and there are {available}; {advice}"
     facts["fits"] = True
     facts["layout"] = {
         named(device): _devices_share(loaded, [p for p in placed if placed[p] == device])
@@ -197,8 +197,8 @@ def _plan(
         if device in placed.values()
     }
     left = sum(room.values()) - size.weight_bytes
-    per_token = size.cache_bytes(batch, 1, held.itemsize) - size.cache_bytes(
-        batch, 0, held.itemsize
+    per_token = size.cache_bytes(batch, 1, computed.itemsize) - size.cache_bytes(
+        batch, 0, computed.itemsize
     )
     if per_token:
         most = min(config.max_position_embeddings, left // per_token)
@@ -206,7 +206,7 @@ def _plan(
     return facts, None
 
 
-def _kept(
+def _stored(
     config: "PreTrainedConfig", device: "torch.device", assumed: bool, tensors: "Tensors | None"
 ) -> str | None:
     """Return the format in which a device keeps a quantised model, or None for plain numbers.
@@ -230,7 +230,7 @@ def _kept(
 def _size(
     config: "PreTrainedConfig",
     dtype: "torch.dtype",
-    held: str | None,
+    stored: str | None,
     tensors: "Tensors | None" = None,
     device: "torch.device | None" = None,
 ) -> "Size":
@@ -242,14 +242,14 @@ def _size(
     from quintet.quantization.request import SHORT, read, resolve_quantization
 
     model = init_on_meta(family(config.model_type).find("ForCausalLM"), config)
-    if held is None:
+    if stored is None:
         return measure(model, dtype)
     settings = vars(config).get("quantization_config")
-    if held == HELD and tensors is not None and device is not None:
+    if stored == HELD and tensors is not None and device is not None:
         mapping = map_keys(model, tensors, held_as=read(settings))
         request = resolve_quantization(settings, None, None, device)
         return measure(model, dtype, request.scheme(mapping.formats))
-    wish = read(settings) if held == HELD else SHORT[held]
+    wish = read(settings) if stored == HELD else SHORT[stored]
     return measure(model, dtype, None if wish is None else wish.scheme())
 
 
@@ -259,18 +259,20 @@ def _with_cache(size: "Size", config: "PreTrainedConfig", cache: int) -> "list[M
 
     layers = [p.path for p in size.parts if re.search(r"layers\.\d+$", p.path)]
     layers = layers[: config.num_hidden_layers]
-    each = cache // max(len(layers), 1)
-    return [ModelPart(p.path, p.nbytes + (each if p.path in layers else 0)) for p in size.parts]
+    per_layer = cache // max(len(layers), 1)
+    return [
+        ModelPart(p.path, p.nbytes + (per_layer if p.path in layers else 0)) for p in size.parts
+    ]
 
 
 def _devices_share(loaded: "list[ModelPart]", paths: list[str]) -> Fact:
-    held = sum(part.nbytes for part in loaded if part.path in paths)
+    nbytes = sum(part.nbytes for part in loaded if part.path in paths)
     layers = [int(path.rpartition(".")[2]) for path in paths if re.search(r"\.\d+$", path)]
     names = [path.rpartition(".")[2] for path in paths if not re.search(r"\.\d+$", path)]
     spread = f"layers {min(layers)} to {max(layers)}" if layers else ""
     return Fact(
-        f"{size_of(held)}: {', '.join(filter(None, [spread, *names]))}",
-        {"bytes": held, "layers": [min(layers), max(layers)] if layers else [], "others": names},
+        f"{size_of(nbytes)}: {', '.join(filter(None, [spread, *names]))}",
+        {"bytes": nbytes, "layers": [min(layers), max(layers)] if layers else [], "others": names},
     )
 
 
@@ -312,8 +314,8 @@ def _files(model: str, where: dict[str, Any]) -> "tuple[dict[str, Any], Tensors 
     try:
         headers = read_headers(model, **where)
     except (CheckpointError, OfflineError) as error:
-        said = str(error).splitlines()[0].rpartition("; ")[0] or str(error)
-        return {"files": Fact(f"no weights seen ({said})", None)}, None
+        reason = str(error).splitlines()[0].rpartition("; ")[0] or str(error)
+        return {"files": Fact(f"no weights seen ({reason})", None)}, None
     state = "here" if headers.local else "to fetch"
     files = Fact(
         f"{size_of(headers.total_bytes)} in {headers.files} file(s), {state}",

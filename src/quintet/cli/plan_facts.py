@@ -71,14 +71,14 @@ def split_of(split: "Split") -> dict[str, int]:
 
 def pace_fact(pace: "Pace", rows: int | None = None) -> Fact:
     """Describe a speed and its bottleneck."""
-    said = (
+    text = (
         f"{count(pace.tokens_per_second)} tokens/s, at most {count(pace.at_most)}, "
         f"bound by {pace.bound}"
     )
     if rows is not None and rows > 1:
-        said += f"; {rows:,} rows, {1e3 * pace.seconds:,.1f} ms a token of each"
+        text += f"; {rows:,} rows, {1e3 * pace.seconds:,.1f} ms a token of each"
     return Fact(
-        said,
+        text,
         {
             "tokens_per_second": pace.tokens_per_second,
             "at_most": pace.at_most,

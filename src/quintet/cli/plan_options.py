@@ -189,12 +189,12 @@ def world_and_device(options: WorldOptions) -> "tuple[World, Device]":
     if options.device is None:
         raise InputError(f"--world {world} of what? Give --device: {', '.join(DEVICES)}, here")
     if options.device.partition(",")[0].strip() == "here":
-        known = {**DEVICES, "here": _here(world.per_node)}
+        known = {**DEVICES, "here": _measured(world.per_node)}
         return world, device(options.device, known)
     return world, device(options.device)
 
 
-def _here(processes: int) -> "Device":
+def _measured(processes: int) -> "Device":
     """Measure what each of so many processes has of this machine."""
     import torch
 

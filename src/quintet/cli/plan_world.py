@@ -39,26 +39,26 @@ def plan_in_world(
     from quintet.planning.plans import plan_inference
 
     world, device = world_and_device(options)
-    held = config.torch_dtype or torch.bfloat16 if dtype == "auto" else named_dtype(dtype)
+    computed = config.torch_dtype or torch.bfloat16 if dtype == "auto" else named_dtype(dtype)
     work = Workload(
         context=context,
         rows=batch,
         step_tokens=options.step_tokens or 2048,
-        itemsize=held.itemsize,
-        cache_dtype=options.cache_dtype or str(held).removeprefix("torch."),
+        itemsize=computed.itemsize,
+        cache_dtype=options.cache_dtype or str(computed).removeprefix("torch."),
     )
     plan = plan_inference(
         config,
         world,
         device,
         work,
-        dtype=held,
+        dtype=computed,
         quantize=quantize,
         tensors=tensors,
         limits=options.limits(world.size),
         redundant=options.redundant,
     )
-    facts = _facts(plan, work, str(held).removeprefix("torch."), options.splits)
+    facts = _facts(plan, work, str(computed).removeprefix("torch."), options.splits)
     try:
         plan.require()
     except DoesNotFitError as error:
@@ -100,10 +100,10 @@ def _facts(plan: "Plan[Choice]", work: "Workload", dtype: str, splits: int) -> d
 def _room(choice: "Choice", context: int) -> str:
     if choice.memory.total > choice.room:
         return "none"
-    said = f"{choice.rows:,} rows of {context:,} tokens in all"
+    text = f"{choice.rows:,} rows of {context:,} tokens in all"
     if choice.memory.token:
-        said = f"{choice.tokens:,} tokens of cache a group, {said}"
-    return said
+        text = f"{choice.tokens:,} tokens of cache a group, {text}"
+    return text
 
 
 def _communication(plan: "Plan[Choice]", choice: "Choice", work: "Workload") -> dict[str, Fact]:
@@ -114,10 +114,10 @@ def _communication(plan: "Plan[Choice]", choice: "Choice", work: "Workload") -> 
     nbytes = moved(plan.model, choice.split, work)
     waited = {k: v for k, v in choice.decode.expected.items() if k in _BETWEEN and v}
     layers = plan.model.config.num_hidden_layers
-    said = ", ".join(f"{1e3 * v:.2f} ms of {name}" for name, v in waited.items())
+    waits = ", ".join(f"{1e3 * v:.2f} ms of {name}" for name, v in waited.items())
     return {
         "communication": Fact(
-            f"{nbytes / 1e3:,.1f} kB a layer for each token; a step of decode waits for {said}",
+            f"{nbytes / 1e3:,.1f} kB a layer for each token; a step of decode waits for {waits}",
             {
                 "bytes_per_layer_and_token": nbytes,
                 "decode_seconds": waited,

@@ -42,12 +42,12 @@ class Reading:
         self._cache: Cache | None = None
         self._ids: Sequence[int] = []
         self._bits: int | None = None
-        self._kept: list[tuple[int, Kept]] = []
+        self._snapshots: list[tuple[int, Kept]] = []
 
-    def held(self, ids: Sequence[int], config: GenerationConfig) -> int:
+    def cached_length(self, ids: Sequence[int], config: GenerationConfig) -> int:
         """Go back to what a prompt begins with, and return how many of its tokens were read."""
         bits = config.cache.bits if config.cache.kind == "quantized" else None
-        if not _goes_on(config) or bits != self._bits:
+        if not _can_continue(config) or bits != self._bits:
             self._forget()
             self._bits = bits
         # The last token is run over in any case: what follows comes out of that.
@@ -66,7 +66,7 @@ class Reading:
             stable: tells with how many of the ids the next turn begins, too, whatever the answer
                 is; asked only for recurrent layers.
         """
-        if not _goes_on(config) or len(ids) >= self._model.config.max_position_embeddings:
+        if not _can_continue(config) or len(ids) >= self._model.config.max_position_embeddings:
             yield Turn(None)
             return
         if self._cache is None:
@@ -92,19 +92,19 @@ class Reading:
         """Read up to where the next turn will begin otherwise, and keep the states there."""
         assert self._cache is not None
         start = len(self._ids)
-        if not start <= stable < len(ids) or any(length == stable for length, _ in self._kept):
+        if not start <= stable < len(ids) or any(length == stable for length, _ in self._snapshots):
             return
         with torch.no_grad():
             for at in range(start, stable, chunk or stable):
                 piece = [ids[at : min(at + (chunk or stable), stable)]]
                 run = torch.tensor(piece, dtype=torch.long, device=self._model.device)
                 self._model(run, past_key_values=self._cache, logits_to_keep=1)
-        kept = self._cache.keep()
+        snapshot = self._cache.keep()
         if any(slot is not None and slot.remembers for slot in self._cache.states):
             # What drafts needed slows down what goes on without any.
-            self._cache.restore(kept)
+            self._cache.restore(snapshot)
         self._ids = ids[:stable]
-        self._kept = [*self._kept, (stable, kept)][-PLACES:]
+        self._snapshots = [*self._snapshots, (stable, snapshot)][-PLACES:]
 
     def _go_back(self, length: int, *, whole: bool = True) -> None:
         """Hold no more than the first tokens, or fewer where recurrent layers cannot do that.
@@ -115,19 +115,19 @@ class Reading:
         """
         if self._cache is None:
             return
-        self._kept = [place for place in self._kept if place[0] <= length]
+        self._snapshots = [place for place in self._snapshots if place[0] <= length]
         if not _is_recurrent(self._cache):
             self._cache.crop(length)
         elif not whole or length < len(self._ids):
-            if not self._kept:
+            if not self._snapshots:
                 self._forget()
                 return
-            length, kept = self._kept[-1]
-            self._cache.restore(kept)
+            length, snapshot = self._snapshots[-1]
+            self._cache.restore(snapshot)
         self._ids = self._ids[:length]
 
     def _forget(self) -> None:
-        self._cache, self._ids, self._kept = None, [], []
+        self._cache, self._ids, self._snapshots = None, [], []
 
 
 def common(ids: Sequence[int], others: Sequence[int]) -> int:
@@ -136,7 +136,7 @@ def common(ids: Sequence[int], others: Sequence[int]) -> int:
     return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(ids), len(others)))
 
 
-def _goes_on(config: GenerationConfig) -> bool:
+def _can_continue(config: GenerationConfig) -> bool:
     """Tell whether a generation can go on with the cache of another, and leave it to a third."""
     alone = (config.num_beams or 1) == 1 and (config.num_return_sequences or 1) == 1
     guided = config.guidance_scale not in (None, 1) or bool(config.token_healing)

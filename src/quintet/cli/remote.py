@@ -58,7 +58,7 @@ class Remote:
         self._url = url
         self._address = Address.of(url, key)
         self._fields: dict[str, Any] = {}
-        self._warning, self._told = "", set[str]()
+        self._warning, self._warned = "", set[str]()
         given = {name: value for name, value in options.items() if value is not None}
         wanted = given.pop("model", None)
         self.set(given)
@@ -92,7 +92,7 @@ class Remote:
 
     def answer(self, messages: Sequence[Message], answer: Answer) -> Outcome:
         """Answer messages; Ctrl-C hangs up, and the server stops."""
-        answer.waiting.what = "waiting for the server"
+        answer.waiting.text = "waiting for the server"
         answer.begin()
         ended = _run(self._converse([dict(message) for message in messages], answer))
         if ended != "length":
@@ -105,11 +105,11 @@ class Remote:
 
     def news(self) -> str | None:
         """Return what the server says of the last request that it has not said before."""
-        said, self._warning = self._warning, ""
-        if not said or said in self._told:
+        warning, self._warning = self._warning, ""
+        if not warning or warning in self._warned:
             return None
-        self._told.add(said)
-        return f"the server says: {said}"
+        self._warned.add(warning)
+        return f"the server says: {warning}"
 
     def complete(
         self, text: str, write: Callable[[str], None]
@@ -160,21 +160,21 @@ class Remote:
         ]
         return ", ".join(fields) or "as the server chooses"
 
-    def _body(self, **asked: Any) -> dict[str, Any]:
+    def _body(self, **given: Any) -> dict[str, Any]:
         streamed = {"stream": True, "stream_options": {"include_usage": True}}
-        return {"model": self._model, **asked, **streamed, **self._fields}
+        return {"model": self._model, **given, **streamed, **self._fields}
 
     async def _list(self) -> dict[str, int | None]:
         """Return the names of the models there are, and their contexts."""
         try:
             async with asyncio.timeout(LISTED), self._ask("/v1/models") as reply:
-                said = _object((await reply.read()).decode("utf-8", "replace"))
+                body = _object((await reply.read()).decode("utf-8", "replace"))
         except TimeoutError:
             raise ServingError(
                 f"{shown(self._url)} has not said within {LISTED:g} s which models it has; look "
                 "whether a server is there, and try again when it is ready"
             ) from None
-        listed = said.get("data")
+        listed = body.get("data")
         models = listed if isinstance(listed, list) else []
         return {
             harmless(name): _number(model.get("max_model_len"))
@@ -185,7 +185,7 @@ class Remote:
     async def _converse(self, messages: list[Message], answer: Answer) -> str | None:
         ended = None
         async with self._ask("/v1/chat/completions", self._body(messages=messages)) as reply:
-            answer.waiting.what = "reading"
+            answer.waiting.text = "reading"
             try:
                 async for choice, usage in _choices(reply):
                     if usage:
@@ -282,9 +282,9 @@ def _events(delta: Mapping[str, Any]) -> list[Event]:
     return [*events, Content(_text(content))] if content else events
 
 
-def _text(said: Any) -> str:
+def _text(value: Any) -> str:
     # JSON may spell half of a character, which no stream takes.
-    return str(said).encode("utf-8", "replace").decode()
+    return str(value).encode("utf-8", "replace").decode()
 
 
 def _refused(reply: Reply, body: bytes, url: str) -> Exception:
@@ -300,8 +300,8 @@ def _refused(reply: Reply, body: bytes, url: str) -> Exception:
     return ServingError(f"the server answers with status {reply.status}: {reason}{later}")
 
 
-def _reason(said: Mapping[str, Any]) -> str:
-    error = said.get("error")
+def _reason(body: Mapping[str, Any]) -> str:
+    error = body.get("error")
     message = error.get("message") if isinstance(error, dict) else error
     return harmless(str(message or "it gives no reason")[:REASON])
 

@@ -30,8 +30,8 @@ def cut(config: "GenerationConfig", ids: "Tensor", room: int) -> str | None:
         return None
     if ids.numel() >= room:
         return "cut: the context is full"
-    said = f"cut at {counted(ids.numel())}; -n sets more"
-    return f"{said}, repetition_penalty=1.1 less of the same" if _repeats(ids.tolist()) else said
+    text = f"cut at {counted(ids.numel())}; -n sets more"
+    return f"{text}, repetition_penalty=1.1 less of the same" if _repeats(ids.tolist()) else text
 
 
 def _repeats(ids: list[int]) -> bool:

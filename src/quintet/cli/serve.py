@@ -184,10 +184,10 @@ def _wanted(models: Sequence[str], adapters: Sequence[str]) -> list[Wanted]:
                 f"--adapter {shown(text)} has to say of which model it is, as "
                 f"{wanted[0].name}:{name}=PATH"
             )
-        of = known.get(owner) if colon else wanted[0]
-        if of is None or own in of.adapters:
+        wanted_model = known.get(owner) if colon else wanted[0]
+        if wanted_model is None or own in wanted_model.adapters:
             raise InputError(f"--adapter {shown(text)} is of no model here, or there is one")
-        of.adapters[own] = path
+        wanted_model.adapters[own] = path
     return wanted
 
 
@@ -347,14 +347,14 @@ def _measured(
     """
     from quintet.serving.memory import limits_for
 
-    memory, kept = given["memory"], limits.kept
+    memory, prefix_bytes = given["memory"], limits.kept
     found = limits_for(
         model,
-        memory=None if memory is None else memory + kept,
+        memory=None if memory is None else memory + prefix_bytes,
         nbits=bits,
         rows=given["rows"],
         capacity=limits.capacity,
-        kept=kept,
+        kept=prefix_bytes,
         speculate=speculate,
     )
     return replace(limits, rows=found.rows, memory=found.memory)

@@ -28,7 +28,7 @@ def announcement(
     settings, kernels = service.settings, native()
     host = f"[{address[0]}]" if ":" in address[0] else address[0]
     url = f"http://{host}:{address[1]}"
-    said = kernels.level or f"PyTorch alone, as {kernels.reason}"
+    level = kernels.level or f"PyTorch alone, as {kernels.reason}"
     lines = [f"quintet {quintet.__version__} answers {_whom(settings)} at {url}/v1"]
     # Others have their part of that.
     where = " of the first process" if several() else ""
@@ -56,7 +56,7 @@ def announcement(
                 "adapters": list(offer.adapters),
             }
         )
-    lines.append(f"  kernels: {said}")
+    lines.append(f"  kernels: {level}")
     if settings.page:
         lines.append(f"  a page to chat on: {url}/")
     lines.append("  Ctrl-C ends it")
@@ -64,7 +64,7 @@ def announcement(
         "version": quintet.__version__,
         "url": url,
         "answers": _whom(settings),
-        "kernels": said,
+        "kernels": level,
         "models": models,
     }
     return lines, facts

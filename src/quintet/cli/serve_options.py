@@ -159,9 +159,9 @@ def engine_options(command: Command) -> Command:
 
 def server_options(command: Command) -> Command:
     """Add the options that say whom the server answers, and what bounds a request."""
-    for flag, field, kind, default, what in reversed(BOUNDS):
+    for flag, field, kind, default, text in reversed(BOUNDS):
         command = click.option(
-            flag, field, type=kind, default=default, show_default=True, help=what
+            flag, field, type=kind, default=default, show_default=True, help=text
         )(command)
     for option in (
         click.option(

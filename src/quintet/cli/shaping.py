@@ -60,13 +60,13 @@ class Shape:
         )
         model = opened.generator_model
         ends = model.generation_config.eos_token_ids or None
-        made = grammar.Grammars(opened.tokenizer, model.config.vocab_size, eos_token_id=ends)
+        grammars = grammar.Grammars(opened.tokenizer, model.config.vocab_size, eos_token_id=ends)
         # So that a mistake is told before a question is read.
-        made.compile(form)
+        grammars.compile(form)
 
         def processors(prompt: str) -> list[grammar.GrammarProcessor]:
             thinks = prompt.rstrip().endswith(THINK)
-            return [made.compile(form, after=END_THINK if thinks else None)]
+            return [grammars.compile(form, after=END_THINK if thinks else None)]
 
         return processors
 

@@ -55,7 +55,7 @@ def share_of(
     from quintet.planning.weights import on_meta
     from quintet.planning.world import Split
 
-    degrees = degrees_for(on_meta(config, dtype), _asked(sizes), count)
+    degrees = degrees_for(on_meta(config, dtype), _degrees(sizes), count)
     kind = device("cpu" if own_device().type == "cpu" else "h100")
     model, _ = described(config, kind, dtype=dtype, quantize=quantize)
     groups = degrees.dp * degrees.fsdp
@@ -83,17 +83,17 @@ def own_group(path: str, given: Mapping[str, Any], where: Mapping[str, Any]) -> 
     from quintet.parallel.faults import watch
     from quintet.planning.weights import on_meta
 
-    here = watch()
-    if given["ep"] is None or here is None:
+    watching = watch()
+    if given["ep"] is None or watching is None:
         return 0, not follows()
     config = AutoConfig.from_pretrained(path, **where)
     sizes = {f"{name}_size": given[name] for name in ("tp", "ep", "pp")}
-    degrees = degrees_for(on_meta(config, torch.bfloat16), _asked(sizes), processes())
-    at = degrees.coordinates(here.rank)
+    degrees = degrees_for(on_meta(config, torch.bfloat16), _degrees(sizes), processes())
+    at = degrees.coordinates(watching.rank)
     return at["fsdp"], at["tp"] == at["pp"] == 0
 
 
-def _asked(sizes: Mapping[str, int]) -> "DistributedConfig":
+def _degrees(sizes: Mapping[str, int]) -> "DistributedConfig":
     from quintet.parallel.division import DistributedConfig
 
     tp, ep, pp = (sizes.get(f"{name}_size") for name in ("tp", "ep", "pp"))
@@ -115,11 +115,11 @@ def too_large_together(
     from quintet.planning.inference import Workload
 
     room, dtype = room_together(), given["dtype"]
-    held = config.torch_dtype or torch.bfloat16 if dtype == "auto" else named_dtype(dtype)
-    kept = str(held).removeprefix("torch.") if bits is None else f"int{bits}"
-    work = Workload(limits.capacity, limits.rows, PIECE, held.itemsize, kept)
+    computed = config.torch_dtype or torch.bfloat16 if dtype == "auto" else named_dtype(dtype)
+    cache_dtype = str(computed).removeprefix("torch.") if bits is None else f"int{bits}"
+    work = Workload(limits.capacity, limits.rows, PIECE, computed.itemsize, cache_dtype)
     sizes = {f"{name}_size": given[name] for name in ("tp", "ep", "pp") if given[name] is not None}
-    need = share_of(config, sizes, processes(), work, held, given["quantize"])
+    need = share_of(config, sizes, processes(), work, computed, given["quantize"])
     if need.total <= room:
         return None
     return (

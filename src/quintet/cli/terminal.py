@@ -92,13 +92,13 @@ class Waiting:
     The line is gone where the block ends, or by `stop()`.
 
     Args:
-        what: goes on; may be set anew.
+        text: goes on; may be set anew.
         quiet: say nothing.
         after: so many seconds.
     """
 
-    def __init__(self, what: str, quiet: bool = False, after: float = 1.0) -> None:
-        self.what = what
+    def __init__(self, text: str, quiet: bool = False, after: float = 1.0) -> None:
+        self.text = text
         self._shows = not quiet and width(sys.stderr) is not None and can_move()
         self._after = after
         self._over = threading.Event()
@@ -124,7 +124,7 @@ class Waiting:
         started, shown = time.monotonic(), False
         seconds = self._after
         while not self._over.wait(seconds):
-            line = f"{self.what}, {time.monotonic() - started:.0f} s"[
+            line = f"{self.text}, {time.monotonic() - started:.0f} s"[
                 : (width(sys.stderr) or 80) - 1
             ]
             # The next thing that is written begins at the edge, over what is shown here.
@@ -143,14 +143,14 @@ def unechoed() -> Iterator[None]:
     if modes is None:
         yield
         return
-    termios, kept = modes
-    changed = [*kept]
+    termios, before = modes
+    changed = [*before]
     changed[3] &= ~termios.ECHO
     termios.tcsetattr(sys.stdin.fileno(), termios.TCSANOW, changed)
     try:
         yield
     finally:
-        termios.tcsetattr(sys.stdin.fileno(), termios.TCSANOW, kept)
+        termios.tcsetattr(sys.stdin.fileno(), termios.TCSANOW, before)
 
 
 def _modes() -> tuple[ModuleType, list[Any]] | None:

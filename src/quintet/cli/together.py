@@ -152,9 +152,9 @@ class Led:
         """Say which model this is; there is no other."""
         return self._partner.take(model)
 
-    def _say(self, order: str, what: object) -> None:
+    def _say(self, order: str, value: object) -> None:
         if (watch := _watch()) is not None:
-            _tell(watch, [order, what])
+            _tell(watch, [order, value])
 
 
 def follow(partner: "Partner", *, unread: bool = False) -> None:
@@ -171,7 +171,7 @@ def follow(partner: "Partner", *, unread: bool = False) -> None:
     watch = _watch()
     assert watch is not None, "there is nobody to follow"
     while True:
-        order, what = _hear(watch)
+        order, value = _hear(watch)
         if order == "leave":
             return
         if order == "interrupt":
@@ -179,9 +179,9 @@ def follow(partner: "Partner", *, unread: bool = False) -> None:
         # The first process hears the same, and says it.
         try:
             if order == "set":
-                partner.set(what)
+                partner.set(value)
             else:
-                partner.answer(what, Answer("hide", quiet=True))
+                partner.answer(value, Answer("hide", quiet=True))
         except DisagreementError:
             raise
         except RankFailedError:
@@ -200,8 +200,8 @@ def _watch() -> "Watch | None":
     return faults.watch()
 
 
-def _tell(watch: "Watch", what: object) -> None:
-    watch.store.set(f"told/{watch.store.add('told', 1)}", json.dumps(what))
+def _tell(watch: "Watch", value: object) -> None:
+    watch.store.set(f"told/{watch.store.add('told', 1)}", json.dumps(value))
 
 
 def _hear(watch: "Watch") -> Any:

@@ -48,38 +48,38 @@ def _model(beginning: "Beginning") -> str:
     model = beginning.model
     size = measure(model, model.dtype)
     learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    said = f"{model.config.model_type}, {_count(size.parameters)} parameters"
+    text = f"{model.config.model_type}, {_count(size.parameters)} parameters"
     if size.active < size.parameters:
-        said += f", {_count(size.active)} of them active"
+        text += f", {_count(size.active)} of them active"
     if model.stage is not None:
-        said += f", {_count(model.num_parameters())} of them in this process"
+        text += f", {_count(model.num_parameters())} of them in this process"
     elif learned < size.parameters:
-        said += f", {_count(learned)} trained ({learned / size.parameters:.2%})"
-    return f"{said}; {str(model.dtype).removeprefix('torch.')} on {model.device}"
+        text += f", {_count(learned)} trained ({learned / size.parameters:.2%})"
+    return f"{text}; {str(model.dtype).removeprefix('torch.')} on {model.device}"
 
 
 def _data(beginning: "Beginning") -> str:
     if beginning.documents is None:
         return "as it comes"
-    said = f"{beginning.documents:,} documents"
-    return said if beginning.data_tokens is None else f"{said}, {beginning.data_tokens:,} tokens"
+    text = f"{beginning.documents:,} documents"
+    return text if beginning.data_tokens is None else f"{text}, {beginning.data_tokens:,} tokens"
 
 
 def _steps(beginning: "Beginning") -> str:
-    each = f"{beginning.step_tokens:,} tokens each"
+    size = f"{beginning.step_tokens:,} tokens each"
     if beginning.parts > 1:
-        each += f" in {beginning.parts} parts"
+        size += f" in {beginning.parts} parts"
     if beginning.steps is not None:
         whole = beginning.steps * beginning.step_tokens
-        said = f"{beginning.steps:,} of {each}, {_count(whole)} in all"
+        text = f"{beginning.steps:,} of {size}, {_count(whole)} in all"
     elif beginning.tokens is not None:
         whole = beginning.tokens
-        said = f"of {each}, until {_count(whole)} are read"
+        text = f"of {size}, until {_count(whole)} are read"
     else:
-        return f"of {each}, for {beginning.minutes:g} minutes of the processor"
+        return f"of {size}, for {beginning.minutes:g} minutes of the processor"
     if beginning.data_tokens:
-        said += f": the data {whole / beginning.data_tokens:.2g} times"
-    return said + (f"; going on from step {beginning.step:,}" if beginning.step else "")
+        text += f": the data {whole / beginning.data_tokens:.2g} times"
+    return text + (f"; going on from step {beginning.step:,}" if beginning.step else "")
 
 
 def _memory(needs: "Memory") -> str:
@@ -89,8 +89,8 @@ def _memory(needs: "Memory") -> str:
         "optimiser": needs.optimizer,
         "activations": needs.activations,
     }
-    said = " + ".join(f"{size_of(value)} {name}" for name, value in parts.items())
-    return f"about {size_of(needs.total)}: {said}"
+    parts_text = " + ".join(f"{size_of(value)} {name}" for name, value in parts.items())
+    return f"about {size_of(needs.total)}: {parts_text}"
 
 
 def _machine(config: "TrainingConfig") -> str:
@@ -99,10 +99,10 @@ def _machine(config: "TrainingConfig") -> str:
     from quintet.kernels.native import native
 
     kernels = native()
-    said = f"{torch.get_num_threads()} thread(s), kernels: "
-    said += kernels.level or f"PyTorch alone, as {kernels.reason}"
+    text = f"{torch.get_num_threads()} thread(s), kernels: "
+    text += kernels.level or f"PyTorch alone, as {kernels.reason}"
     peak = config.report.peak_flops
-    return said if peak is None else f"{said}; products at {peak / 1e9:,.0f} GFLOP/s"
+    return text if peak is None else f"{text}; products at {peak / 1e9:,.0f} GFLOP/s"
 
 
 def _run(beginning: "Beginning", config: "TrainingConfig") -> str:

@@ -38,7 +38,7 @@ def command(runs: tuple[Path, ...], out: Path | None, by: "Axis") -> None:
     draw(runs, out, by)
 
 
-def draw(runs: tuple[Path, ...], out: Path | None, by: "Axis") -> None:
+def draw(runs: tuple[Path, ...], out: Path | None, axis: "Axis") -> None:
     """Draw runs on standard output, and write the picture."""
     from quintet.training.plots import plot_png, plot_text
 
@@ -46,6 +46,6 @@ def draw(runs: tuple[Path, ...], out: Path | None, by: "Axis") -> None:
     path = out or folder / "plot.png"
     columns = width(sys.stdout)
     colours = columns is not None and can_dim()
-    click.echo(plot_text(runs, by, min(columns or 80, WIDEST), colours))
-    plot_png(runs, path, by)
+    click.echo(plot_text(runs, axis, min(columns or 80, WIDEST), colours))
+    plot_png(runs, path, axis)
     note(f"written {path}")

@@ -54,11 +54,11 @@ class Wrapped:
             return character
         if cells == 2:
             self._word = ""  # such writing breaks anywhere
-        before, held = "", sum(map(_cells, self._word))
+        before, width = "", sum(map(_cells, self._word))
         if self._column + cells > most:
-            if held < self._column:
-                before = "\b" * held + (ERASE if held else "") + "\n" + self._word
-                self._column = held
+            if width < self._column:
+                before = "\b" * width + (ERASE if width else "") + "\n" + self._word
+                self._column = width
             else:
                 self._column -= most + 1  # longer than a line: the terminal goes on
         self._word += character

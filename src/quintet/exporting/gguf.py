@@ -122,17 +122,17 @@ def _ends(root: Path, config: PreTrainedConfig) -> Sequence[int]:
 def _write(writer: GGUFWriter, place: Place, kind: BlockType, tensor: Tensor) -> None:
     """Encode some rows at a time, and put them where they belong."""
     rows = tensor.reshape(-1, tensor.shape[-1])
-    each = rows.shape[1] // kind.weights * kind.nbytes
-    start = (place.slice or 0) * rows.shape[0] * each
+    row_bytes = rows.shape[1] // kind.weights * kind.nbytes
+    start = (place.slice or 0) * rows.shape[0] * row_bytes
     step = max(1, _AT_ONCE // rows.shape[1])
     for first in range(0, rows.shape[0], step):
         some = rows[first : first + step]
         data = encode_blocks(some, kind)
         # What is too large for half precision shows in what came of it.
-        made = data.view(torch.float16) if kind.name == "F16" else some
-        if not made.isfinite().all():
+        written = data.view(torch.float16) if kind.name == "F16" else some
+        if not written.isfinite().all():
             raise CheckpointError(
                 f"{place.name} has a number that is not finite in {kind.name}; "
                 + ("take BF16 or F32" if some.isfinite().all() else "the checkpoint is damaged")
             )
-        writer.write(place.name, start + first * each, data.numpy().tobytes())
+        writer.write(place.name, start + first * row_bytes, data.numpy().tobytes())

@@ -56,25 +56,25 @@ def places_of(name: str, shape: Shape, values: Mapping[str, Any]) -> list[Place]
         return [Place(_THERE[name], shape)]
     found = _LAYER.fullmatch(name)
     if found is not None:
-        layer, what, leaf = int(found["layer"]), found["what"], found["leaf"] or ""
+        layer, module, leaf = int(found["layer"]), found["what"], found["leaf"] or ""
         # Beyond the layers are the ones that predict further tokens, which converters leave out.
         if layer >= values["num_hidden_layers"]:
             return []
         block = f"blk.{layer}."
-        if what == "mlp.gate.e_score_correction_bias":
+        if module == "mlp.gate.e_score_correction_bias":
             return [Place(f"{block}exp_probs_b.bias", shape)]
-        if expert := _EXPERT.fullmatch(what):
+        if expert := _EXPERT.fullmatch(module):
             count: int = values["num_experts" if "num_experts" in values else "n_routed_experts"]
-            there = f"{block}ffn_{expert['which']}_exps.{leaf}"
-            return [Place(there, (count, *shape), int(expert["expert"]))]
-        if shared := _SHARED.fullmatch(what):
+            stack_name = f"{block}ffn_{expert['which']}_exps.{leaf}"
+            return [Place(stack_name, (count, *shape), int(expert["expert"]))]
+        if shared := _SHARED.fullmatch(module):
             return [Place(f"{block}ffn_{shared['which']}_shexp.{leaf}", shape)]
-        if what == "mlp.shared_expert_gate":
+        if module == "mlp.shared_expert_gate":
             return [Place(f"{block}ffn_gate_inp_shexp.{leaf}", shape[-1:], take=Tensor.flatten)]
-        if what == "self_attn.kv_b_proj":
+        if module == "self_attn.kv_b_proj":
             return _halves(block, values)
-        if what in _IN_LAYER and leaf:
-            return [Place(f"{block}{_IN_LAYER[what]}.{leaf}", shape)]
+        if module in _IN_LAYER and leaf:
+            return [Place(f"{block}{_IN_LAYER[module]}.{leaf}", shape)]
     raise UnsupportedModelError(
         f"llama.cpp has no place for {name} {list(shape)}, and would run the model without it"
     )

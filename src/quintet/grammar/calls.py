@@ -47,18 +47,18 @@ class _Calls(Constraint):
     def grammar(self, vocabulary: Vocabulary) -> list[dict[str, Any]]:
         form = self.format
         # Each call begins with the trigger, where nothing else does before the first.
-        each = "" if form.begin else form.trigger
-        again = f"({_parts(form, form.between + each)} call)*" if self.parallel else ""
+        trigger = "" if form.begin else form.trigger
+        again = f"({_parts(form, form.between + trigger)} call)*" if self.parallel else ""
         rules, inner = [f"calls: call {again} {_parts(form, form.end)}"], []
         for number, (name, schema) in enumerate(self.tools):
             inside = literal(name)[1:-1] if form.style == "json" else name
-            head = form.before_name.removeprefix(each) + inside + form.before_arguments
+            head = form.before_name.removeprefix(trigger) + inside + form.before_arguments
             behind = _parts(form, form.after_arguments)
             rules.append(f"call_{number}: {_parts(form, head)} @tool_{number} {behind}")
             arguments = json.loads(schema) | {"x-guidance": JSON_STYLE}
             inner.append({"name": f"tool_{number}", "json_schema": arguments})
         rules.append("call: " + " | ".join(f"call_{number}" for number in range(len(self.tools))))
-        rules += self._beginning(form.begin or each)
+        rules += self._beginning(form.begin or trigger)
         if self.free and self.answer is not None:
             whole, *others = self.answer.grammar(vocabulary)
             inner += [whole | {"name": "instead"}, *others]

@@ -23,7 +23,7 @@ class Compiled:
 
     def __init__(self, grammar: str, vocabulary: Vocabulary) -> None:
         self._grammar, self._table = grammar, vocabulary.table
-        self._matcher = self._made()
+        self._matcher = self._new_matcher()
         self.followed = 0
 
     @property
@@ -37,8 +37,8 @@ class Compiled:
 
     def begin_anew(self) -> LLMatcher:
         """Return a matcher with a fresh lexer."""
-        self._matcher, self.followed = self._made(), 0
+        self._matcher, self.followed = self._new_matcher(), 0
         return self.begin()
 
-    def _made(self) -> LLMatcher:
+    def _new_matcher(self) -> LLMatcher:
         return LLMatcher(self._table, self._grammar, limits=LIMITS, log_level=0)

@@ -45,7 +45,7 @@ class Grammars:
         kept: int = 256,
     ) -> None:
         self.vocabulary = Vocabulary(tokenizer, vocab_size, eos_token_id)
-        self._kept = kept
+        self._capacity = kept
         self._compiled: OrderedDict[tuple[Constraint, bool], Compiled] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -85,12 +85,12 @@ class Grammars:
             if found is not None:
                 self._compiled.move_to_end(key)
                 return found
-        made = self._made(constraint, apart)
+        compiled = self._compile(constraint, apart)
         with self._lock:
-            self._compiled[key] = made
-            while len(self._compiled) > self._kept:
+            self._compiled[key] = compiled
+            while len(self._compiled) > self._capacity:
                 self._compiled.popitem(last=False)
-        return made
+        return compiled
 
     def _forget_grown(self) -> None:
         """Drop the most used ones until their lexers fit the limit."""
@@ -99,7 +99,7 @@ class Grammars:
             key = max(self._compiled, key=lambda key: self._compiled[key].followed)
             total -= self._compiled.pop(key).followed
 
-    def _made(self, constraint: Constraint, apart: bool) -> Compiled:
+    def _compile(self, constraint: Constraint, apart: bool) -> Compiled:
         grammars: list[dict[str, Any]] = constraint.grammar(self.vocabulary)
         if apart:
             # Behind its thoughts a model breaks the line, once or twice.

@@ -8,7 +8,7 @@ from typing import Any
 
 from quintet.errors import GrammarError, shown
 from quintet.grammar.bounds import bounded_schema, check_lark
-from quintet.grammar.faults import JSON_STYLE, schema_fault, told
+from quintet.grammar.faults import JSON_STYLE, clear_reason, schema_fault
 from quintet.grammar.vocabulary import Vocabulary
 
 # How many bytes may say what a text may be.
@@ -29,7 +29,7 @@ class Constraint(ABC):
 
     def fault(self, reason: str) -> str:
         """Explain llguidance's error in one line."""
-        return told(reason)
+        return clear_reason(reason)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class _Schema(Constraint):
         return "JSON schema"
 
     def fault(self, reason: str) -> str:
-        return schema_fault(self.schema) or told(reason)
+        return schema_fault(self.schema) or clear_reason(reason)
 
     def grammar(self, vocabulary: Vocabulary) -> list[dict[str, Any]]:
         return [{"json_schema": json.loads(self.schema) | {"x-guidance": JSON_STYLE}}]

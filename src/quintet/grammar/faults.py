@@ -46,7 +46,7 @@ _WORDS = {
 }
 
 
-def told(reason: str) -> str:
+def clear_reason(reason: str) -> str:
     """Return llguidance's error in one line."""
     for words, meant in _WORDS.items():
         if reason.startswith(words):
@@ -75,7 +75,7 @@ def schema_fault(schema: str) -> str:
 
 
 def _at(place: str, reason: str) -> str:
-    return f"at {shown(place)}: {told(reason)}"
+    return f"at {shown(place)}: {clear_reason(reason)}"
 
 
 def _alone(schema: Mapping[str, Any], root: Mapping[str, Any]) -> dict[str, Any]:

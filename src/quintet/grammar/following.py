@@ -7,7 +7,7 @@ from torch import Tensor
 
 from quintet.errors import GrammarError, InputError
 from quintet.grammar.compiled import Compiled
-from quintet.grammar.faults import told
+from quintet.grammar.faults import clear_reason
 from quintet.grammar.vocabulary import Vocabulary
 
 # A grammar that has to be compiled anew again before so many tokens is too complex.
@@ -173,5 +173,5 @@ class Following:
     def _check(self) -> None:
         if self._matcher.is_error():
             raise GrammarError(
-                f"the grammar cannot be followed further: {told(self._matcher.get_error())}"
+                f"the grammar cannot be followed further: {clear_reason(self._matcher.get_error())}"
             )

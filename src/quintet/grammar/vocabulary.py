@@ -40,9 +40,9 @@ class Vocabulary:
         eos_token_id: int | Sequence[int] | None = None,
     ) -> None:
         known = tokenizer.get_vocab()
-        held = max(known.values(), default=-1) + 1
-        self.size = held if vocab_size is None else min(held, vocab_size)
-        self.words = -(-held // 32)
+        size = max(known.values(), default=-1) + 1
+        self.size = size if vocab_size is None else min(size, vocab_size)
+        self.words = -(-size // 32)
         given = tokenizer.eos_token_id if eos_token_id is None else eos_token_id
         ends = [given] if isinstance(given, int) else list(given or ())
         self.ends = tuple(dict.fromkeys(one for one in ends if 0 <= one < self.size))
@@ -53,7 +53,7 @@ class Vocabulary:
             )
         self._ids = known
         try:
-            self.table = LLTokenizer(_pipeline(tokenizer), n_vocab=held, eos_token=[*self.ends])
+            self.table = LLTokenizer(_pipeline(tokenizer), n_vocab=size, eos_token=[*self.ends])
         except ValueError as error:
             raise TokenizerError(
                 f"grammars cannot read this tokenizer: {shown(str(error))}; they need one whose "

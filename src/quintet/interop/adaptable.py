@@ -53,9 +53,9 @@ class HeldWeight(torch.Tensor):
         with torch.no_grad():
             parts = self.module.format.encode(new.detach().to(torch.float32))
             for suffix, part in parts.items():
-                held = self.module.buffer("weight" + suffix)
+                buffer = self.module.buffer("weight" + suffix)
                 # In place: a tied embedding has the same tensors.
-                held.copy_(part.view(held.shape))
+                buffer.copy_(part.view(buffer.shape))
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -93,5 +93,5 @@ def _reduced(module: QuantizedLinear, protocol: int) -> tuple[Any, ...]:
 
 
 def _empty(cls: Any) -> Any:
-    made = adaptable(cls)
-    return made.__new__(made)
+    kind = adaptable(cls)
+    return kind.__new__(kind)

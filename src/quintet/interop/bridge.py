@@ -39,16 +39,16 @@ def as_transformers(model: Model) -> Model:
         as_linear(module)
     bits = _bits(model)
     if bits is not None:
-        told: Any = model
-        told.is_loaded_in_4bit, told.is_loaded_in_8bit = bits < FEW, bits >= FEW
+        marked: Any = model
+        marked.is_loaded_in_4bit, marked.is_loaded_in_8bit = bits < FEW, bits >= FEW
     return model
 
 
 def _bits(model: nn.Module) -> float | None:
     """Return the bits per weight of the quantised maps, or None."""
-    held = [module for module in model.modules() if isinstance(module, Quantized)]
-    count = sum(module.weight_count for module in held)
-    size = sum(buffer.nbytes for module in held for buffer in module.buffers())
+    quantized = [module for module in model.modules() if isinstance(module, Quantized)]
+    count = sum(module.weight_count for module in quantized)
+    size = sum(buffer.nbytes for module in quantized for buffer in module.buffers())
     return 8 * size / count if count else None
 
 

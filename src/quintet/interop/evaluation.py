@@ -90,10 +90,13 @@ def register_lm_eval() -> type[Any]:
         """A model of this library, asked in the way of lm-eval's own Transformers models."""
 
         def __init__(self, pretrained: Any, tokenizer: Any = None, **options: Any) -> None:
-            asked = {name: options.pop(name) for name in HARNESS if name in options}
+            harness_options = {name: options.pop(name) for name in HARNESS if name in options}
             model, own = load(pretrained, tokenizer, **options)
             super().__init__(
-                pretrained=model, tokenizer=to_transformers(own), backend="causal", **asked
+                pretrained=model,
+                tokenizer=to_transformers(own),
+                backend="causal",
+                **harness_options,
             )
 
         @property

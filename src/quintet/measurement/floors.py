@@ -45,13 +45,13 @@ class StepBytes:
 
 def step_bytes(model: CausalLMHead, cache: Cache, batch: int, depth: int) -> StepBytes:
     """Count the bytes a step of `batch` tokens reads at `depth`, given a cache of one token."""
-    held = 0
+    cached = 0
     for slot, window in zip(cache.layers, _windows(model), strict=True):
         if slot is not None:
-            held += slot.nbytes * min(depth, window or depth)
+            cached += slot.nbytes * min(depth, window or depth)
     return StepBytes(
         weights=round(_decoder(model, _bytes, batch) + _bytes(model.get_output_embeddings())),
-        cache=held,
+        cache=cached,
         states=2 * sum(slot.nbytes for slot in cache.states if slot is not None),
     )
 
@@ -65,8 +65,8 @@ def prompt_flops(config: PreTrainedConfig, batch: int, tokens: int) -> float:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     assert isinstance(model, CausalLMHead)
-    each = _decoder(model, _products, 1)
-    return 2 * batch * (tokens * each + _products(model.get_output_embeddings()))
+    per_token = _decoder(model, _products, 1)
+    return 2 * batch * (tokens * per_token + _products(model.get_output_embeddings()))
 
 
 def token_products(model: CausalLMHead, ahead: bool = False) -> float:

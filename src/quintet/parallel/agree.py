@@ -77,11 +77,11 @@ class Agreement:
                 others otherwise.
         """
         if not self.decides:
-            return self._told(device)
+            return self._receive_decision(device)
         try:
             if self._interrupts.take():
                 raise KeyboardInterrupt
-            made = decide()
+            decision = decide()
         except RankFailedError:
             # It ran something that all ran, and all know.
             self.ended = True
@@ -89,14 +89,14 @@ class Agreement:
         except BaseException as error:
             self._fail(error)
             raise
-        self._say(DECIDED, made)
-        return made
+        self._say(DECIDED, decision)
+        return decision
 
     def broadcast(self, x: Tensor) -> Tensor:
         """Return the deciding process's x in all, which have one of the same shape and dtype."""
-        there = x.cpu().contiguous()
-        self._pass_on(there)
-        return x if self.decides else there.to(x.device)
+        on_host = x.cpu().contiguous()
+        self._pass_on(on_host)
+        return x if self.decides else on_host.to(x.device)
 
     def _pass_on(self, x: Tensor) -> None:
         """Let x be in all what it is in the process that decides."""
@@ -109,10 +109,10 @@ class Agreement:
         if shared_buffer is None or not shared_buffer.sum(x):
             dist.broadcast(x, self.ranks[0], group=self.group)
 
-    def _say(self, status: int, made: Tensor) -> None:
-        flat = made.detach().to("cpu", torch.int64).flatten()
+    def _say(self, status: int, decision: Tensor) -> None:
+        flat = decision.detach().to("cpu", torch.int64).flatten()
         message = torch.zeros(SMALL, dtype=torch.int64, device="cpu")
-        head = [status, made.ndim, *made.shape]
+        head = [status, decision.ndim, *decision.shape]
         assert len(head) <= HEAD, "what is decided has too many dimensions"
         message[: len(head)] = torch.tensor(head, dtype=torch.int64, device="cpu")
         fits = len(flat) <= SMALL - HEAD
@@ -122,7 +122,7 @@ class Agreement:
         if not fits:
             self._pass_on(flat.contiguous())
 
-    def _told(self, device: torch.device | None) -> Tensor:
+    def _receive_decision(self, device: torch.device | None) -> Tensor:
         message = torch.empty(SMALL, dtype=torch.int64, device="cpu")
         self._pass_on(message)
         status, ndim, *sizes = message[:HEAD].tolist()
@@ -148,12 +148,12 @@ class Agreement:
             return
         # Of what is derived from one of ours, that is what the others can make.
         ours = [kind.__name__ for kind in type(error).__mro__ if kind.__name__ in errors.__all__]
-        told = {"ours": ours[:1], "kind": type(error).__name__, "says": str(error)[:LETTERS]}
-        text = list(json.dumps(told).encode())
+        report = {"ours": ours[:1], "kind": type(error).__name__, "says": str(error)[:LETTERS]}
+        text = list(json.dumps(report).encode())
         self._say(FAILED, torch.tensor(text, dtype=torch.int64, device="cpu"))
 
-    def _raised(self, told: bytes) -> Exception:
-        error = json.loads(told)
+    def _raised(self, message: bytes) -> Exception:
+        error = json.loads(message)
         for name in error["ours"]:
             kind = vars(errors)[name]
             if issubclass(kind, QuintetError) and "__init__" not in vars(kind):
@@ -168,7 +168,7 @@ class Agreement:
             yield
         finally:
             self._posts = None
-            posts.settle()
+            posts.wait_all()
 
     # -- being asked alike ---------------------------------------------------------------------
 
@@ -190,8 +190,8 @@ class Agreement:
         differs = (torch.stack(of_all) != of_all[0]).any(dim=0).tolist()
         names = [name for name, other in zip(given, differs, strict=True) if other]
         if names:
-            said = self._of_all(_briefly({name: given[name] for name in names}))
-            raise DisagreementError(_difference(self.ranks, said, names))
+            given_by_ranks = self._of_all(_briefly({name: given[name] for name in names}))
+            raise DisagreementError(_difference(self.ranks, given_by_ranks, names))
 
     def _of_all(self, own: dict[str, str]) -> list[dict[str, str]]:
         """Return a small table of every process."""
@@ -243,17 +243,17 @@ def _feed(update: Callable[[bytes], None], value: object) -> None:
     else:
         kind = type(value)
         update(f"{kind.__module__}.{kind.__qualname__}".encode())
-        said = _says(value)
-        if said is not None:
-            _feed(update, said)
+        fields = _says(value)
+        if fields is not None:
+            _feed(update, fields)
 
 
 def _says(value: object) -> Mapping[str, object] | None:
     """Return what a config says of itself."""
     kinds = (vars(kind) for kind in type(value).__mro__)
     to_dict: Any = next((kind["to_dict"] for kind in kinds if "to_dict" in kind), None)
-    said = to_dict(value) if callable(to_dict) else None
-    return said if isinstance(said, Mapping) else None
+    fields = to_dict(value) if callable(to_dict) else None
+    return fields if isinstance(fields, Mapping) else None
 
 
 def _briefly(given: Mapping[str, object], prefix: str = "") -> dict[str, str]:
@@ -272,21 +272,25 @@ def _briefly(given: Mapping[str, object], prefix: str = "") -> dict[str, str]:
 
 
 def _difference(
-    ranks: Sequence[int], said: Sequence[Mapping[str, str]], names: Sequence[str]
+    ranks: Sequence[int], given_by_ranks: Sequence[Mapping[str, str]], names: Sequence[str]
 ) -> str:
     """Say which processes were given what the first was not."""
-    told = []
-    for rank, own in zip(ranks[1:], said[1:], strict=True):
-        keys = [key for key in {**said[0], **own} if own.get(key) != said[0].get(key)]
+    differences = []
+    for rank, own in zip(ranks[1:], given_by_ranks[1:], strict=True):
+        keys = [
+            key
+            for key in {**given_by_ranks[0], **own}
+            if own.get(key) != given_by_ranks[0].get(key)
+        ]
         if keys:
             parts = [
-                f"{key} is {own.get(key, 'not given')}, and {said[0].get(key, 'not given')} in "
-                f"rank {ranks[0]}"
+                f"{key} is {own.get(key, 'not given')}, and "
+                f"{given_by_ranks[0].get(key, 'not given')} in rank {ranks[0]}"
                 for key in keys[:3]
             ]
-            told.append(f"in rank {rank}, " + "; ".join(parts))
-    what = "; ".join(told[:4]) or listed(list(names))
+            differences.append(f"in rank {rank}, " + "; ".join(parts))
+    description = "; ".join(differences[:4]) or listed(list(names))
     return (
-        f"the processes of a model have to be asked alike: {what}. Give all the same, as by "
+        f"the processes of a model have to be asked alike: {description}. Give all the same, as by "
         "reading it in one and sending it to the others (torch.distributed.broadcast)"
     )

@@ -50,8 +50,8 @@ def cut(model: nn.Module, shards: dict[str, Shard]) -> None:
     for shard, parameter in named.values():
         if not shard.whole:
             part = shard.of(parameter.detach())
-            kept = part if part.is_meta else part.clone(memory_format=torch.contiguous_format)
-            own[id(parameter)] = nn.Parameter(kept, requires_grad=parameter.requires_grad)
+            local = part if part.is_meta else part.clone(memory_format=torch.contiguous_format)
+            own[id(parameter)] = nn.Parameter(local, requires_grad=parameter.requires_grad)
     for module in model.modules():
         for leaf, tensor in module._parameters.items():
             if tensor is not None and id(tensor) in own:
@@ -134,12 +134,12 @@ def shard_model(
     return sharding
 
 
-def _each(value: Any, apply: Callable[[Tensor], Tensor]) -> Any:
+def _map_tensors(value: Any, apply: Callable[[Tensor], Tensor]) -> Any:
     """Apply to a tensor, or to the floating-point tensors of a tuple."""
     if isinstance(value, Tensor):
         return apply(value) if value.is_floating_point() else value
     if isinstance(value, tuple):
-        items: Iterable[Any] = (_each(item, apply) for item in value)
+        items: Iterable[Any] = (_map_tensors(item, apply) for item in value)
         return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
     return value
 
@@ -161,8 +161,8 @@ class Entering(Idle):
         def enter(x: Tensor) -> Tensor:
             return copied(x, self.group)
 
-        named = {name: _each(value, enter) for name, value in kwargs.items()}
-        return tuple(_each(arg, enter) for arg in args), named
+        named = {name: _map_tensors(value, enter) for name, value in kwargs.items()}
+        return tuple(_map_tensors(arg, enter) for arg in args), named
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +172,7 @@ class _Copy(Idle):
     group: dist.ProcessGroup
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        return _each(output, lambda x: copied(x, self.group))
+        return _map_tensors(output, lambda x: copied(x, self.group))
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,4 +187,4 @@ class Reducing(Summing):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Return the sum."""
-        return _each(output, lambda x: reduced(x, self.group))
+        return _map_tensors(output, lambda x: reduced(x, self.group))

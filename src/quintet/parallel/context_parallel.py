@@ -145,9 +145,9 @@ class SplitMixer:
         x, b, c = heads_and_groups(convolved, weights)
         dt = step_sizes(dt, weights.dt_bias, weights.dt_limits, None)
         rates = -weights.A_log.to(dt.dtype).exp()
-        y, made = ssd(x, dt, rates, b, c, weights.D, None, chunk_size=mixer.chunk_size)
+        y, final_state = ssd(x, dt, rates, b, c, weights.D, None, chunk_size=mixer.chunk_size)
         decay = dt * rates
-        state = _states_before(made, decay.sum(dim=1), chunks)
+        state = _states_before(final_state, decay.sum(dim=1), chunks)
         c = c.to(dt.dtype).repeat_interleave(x.shape[2] // c.shape[2], dim=2)
         late = torch.einsum("blhn,bhpn->blhp", c, state)
         y = y + late * decay.cumsum(dim=1).exp()[..., None]
@@ -169,12 +169,12 @@ def _before(raw: Tensor, chunks: Chunks, count: int) -> Tensor | None:
     return torch.cat(chunks.pair(before).unbind(dim=1))
 
 
-def _states_before(made: Tensor, decay: Tensor, chunks: Chunks) -> Tensor:
+def _states_before(final_states: Tensor, decay: Tensor, chunks: Chunks) -> Tensor:
     """Return the state each chunk begins with, (2B, H, P, N).
 
     Shapes: made (2B, H, P, N), what a chunk adds; decay (2B, H), the logarithm of what it leaves.
     """
-    added, left = chunks.joined(_both(made), 1), chunks.joined(_both(decay), 1).exp()
+    added, left = chunks.joined(_both(final_states), 1), chunks.joined(_both(decay), 1).exp()
     state, states = torch.zeros_like(added[:, 0]), []
     for k in range(added.shape[1]):
         states.append(state)
@@ -269,7 +269,7 @@ class Sequences:
         index, positions = texts_in(ids, seq_idx, attention_mask)
         if self.model.config.recurrent_layers():
             check_recurrent(index)
-        asked = {"output_router_logits": True} if routed else {}
+        options = {"output_router_logits": True} if routed else {}
         cache = GatheringCache(chunks, index)
         self.real = chunks.of(index, -1).flatten() >= 0
         try:
@@ -279,7 +279,7 @@ class Sequences:
                 past_key_values=cache,
                 use_cache=False,
                 return_dict=True,
-                **asked,
+                **options,
             )
             hidden = output.last_hidden_state
             notes = Notes(router_logits=routed)

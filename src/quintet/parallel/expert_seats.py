@@ -91,10 +91,10 @@ def seat_experts(
 def unevenness(loads: Sequence[float], order: Sequence[int], processes: int) -> float:
     """Return the most that a process has to do over the mean, minus one."""
     copies = [order.count(expert) for expert in range(len(loads))]
-    each = len(order) // processes
+    size = len(order) // processes
     done = [
-        sum(loads[e] / copies[e] for e in order[start : start + each])
-        for start in range(0, len(order), each)
+        sum(loads[e] / copies[e] for e in order[start : start + size])
+        for start in range(0, len(order), size)
     ]
     mean = sum(done) / processes
     return max(done) / mean - 1 if mean else 0.0
@@ -125,13 +125,13 @@ def _packed(
     have it have room, one of them gives something else away.
     """
     room = len(loads) // bins
-    of = range(len(loads)) if kinds is None else kinds
+    kind_of = range(len(loads)) if kinds is None else kinds
     found: list[list[int]] = [[] for _ in range(bins)]
     weight = [0.0] * bins
-    for thing in sorted(range(len(loads)), key=lambda i: (-loads[i], of[i])):
+    for thing in sorted(range(len(loads)), key=lambda i: (-loads[i], kind_of[i])):
 
-        def has(b: int, kind: int = of[thing]) -> bool:
-            return any(of[other] == kind for other in found[b])
+        def has(b: int, kind: int = kind_of[thing]) -> bool:
+            return any(kind_of[other] == kind for other in found[b])
 
         free = [b for b in range(bins) if len(found[b]) < room]
         good = [b for b in free if not has(b)]
@@ -141,8 +141,10 @@ def _packed(
             # One that is full and has none of this kind gives the lightest that a free one lacks.
             full = [b for b in range(bins) if b not in free and not has(b)]
             target = free[0]
-            there = {of[other] for other in found[target]}
-            offers = [(b, other) for b in full for other in found[b] if of[other] not in there]
+            present = {kind_of[other] for other in found[target]}
+            offers = [
+                (b, other) for b in full for other in found[b] if kind_of[other] not in present
+            ]
             best, given = min(offers, key=lambda offer: loads[offer[1]])
             found[best].remove(given)
             found[target].append(given)

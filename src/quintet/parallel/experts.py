@@ -33,12 +33,12 @@ def connect_experts(model: nn.Module, sharding: Sharding, world: World) -> None:
         seats = sharding.seats.get(path)
         copies = None if seats is None else Copies.of(seats, module.num_experts, world.device)
         count = module.num_experts if seats is None else len(seats)
-        here = OwnExperts(module, *world.place.ep, count, copies)
-        vars(module)["forward"] = here
+        own_experts = OwnExperts(module, *world.place.ep, count, copies)
+        vars(module)["forward"] = own_experts
         if lockstep is not None:
             number = len(lockstep.blocks) + 1
-            vars(module)["forward"] = Exchange(here, lockstep, number, *world.place.tp)
-            lockstep.blocks.append(here)
+            vars(module)["forward"] = Exchange(own_experts, lockstep, number, *world.place.tp)
+            lockstep.blocks.append(own_experts)
 
 
 def lockstep_of(model: object) -> Lockstep | None:
@@ -121,8 +121,8 @@ class OwnExperts:
         if len(x) == 0 and not learns:
             return x
         forward = self.inner or partial(type(self.experts).forward, self.experts)
-        made: Tensor = forward(x, experts[:, None], weights[:, None])
-        return made
+        output: Tensor = forward(x, experts[:, None], weights[:, None])
+        return output
 
     def run_sent(self, rows: Tensor, counts: Tensor) -> Tensor:
         """Map the rows (M, C) that processes sent, `counts` (P, own) of them, by their experts."""
@@ -138,9 +138,9 @@ class OwnExperts:
         """
         local = self.seated(indices) - self.index * self.own
         tokens, choices = ((local >= 0) & (local < self.own)).nonzero(as_tuple=True)
-        made = self.run(x[tokens], local[tokens, choices], weights[tokens, choices])
+        outputs = self.run(x[tokens], local[tokens, choices], weights[tokens, choices])
         out = _zeros(x)
-        return out.index_add(0, tokens, made.to(out.dtype)).to(x.dtype)
+        return out.index_add(0, tokens, outputs.to(out.dtype)).to(x.dtype)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -157,7 +157,7 @@ class Exchange:
         count: how many of these there are.
     """
 
-    here: OwnExperts
+    own_experts: OwnExperts
     lockstep: Lockstep
     number: int
     index: int
@@ -165,26 +165,28 @@ class Exchange:
 
     def through(self, inner: Forward) -> "Exchange":
         """Return the same where something else runs the own experts."""
-        return replace(self, here=self.here.through(inner))
+        return replace(self, own_experts=self.own_experts.through(inner))
 
     def __call__(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         """Sum what experts `indices` (N, A) make of tokens (N, C), by their weights.
 
         Zeros for the tokens that another process along tp sends.
         """
-        here = self.here
+        own_experts = self.own_experts
         start, end = (len(x) * i // self.count for i in (self.index, self.index + 1))
-        seats = here.seated(indices)[start:end].flatten()
+        seats = own_experts.seated(indices)[start:end].flatten()
         order = seats.argsort(stable=True)
         tokens = start + order // indices.shape[1]
-        counts = torch.zeros(here.seats, dtype=torch.long, device=x.device)
-        counts = counts.scatter_add(0, seats, torch.ones_like(seats)).view(here.count, here.own)
+        counts = torch.zeros(own_experts.seats, dtype=torch.long, device=x.device)
+        counts = counts.scatter_add(0, seats, torch.ones_like(seats)).view(
+            own_experts.count, own_experts.own
+        )
         meeting = self.lockstep.at(self.number, counts, x)
-        back = self.lockstep.pass_on(meeting, x[tokens], here)
+        back = self.lockstep.pass_on(meeting, x[tokens], own_experts)
         # Weighed and added here, in the order of one process.
-        made = back * weights[start:end].flatten()[order, None]
+        outputs = back * weights[start:end].flatten()[order, None]
         out = _zeros(x)
-        return out.index_add(0, tokens, made.to(out.dtype)).to(x.dtype)
+        return out.index_add(0, tokens, outputs.to(out.dtype)).to(x.dtype)
 
 
 def _zeros(x: Tensor) -> Tensor:

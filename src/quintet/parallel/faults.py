@@ -58,7 +58,7 @@ class Watch:
     seconds: float
     node: str
     keeps: bool
-    _told: bool = field(default=False, init=False)
+    _reported: bool = field(default=False, init=False)
     _waited_for: int = field(default=0, init=False)
     _noted: int | None = field(default=None, init=False)
     _by: int | None = field(default=None, init=False)
@@ -99,7 +99,7 @@ class Watch:
 
         None where all were told to end.
         """
-        self._told = True
+        self._reported = True
         at = place_of(traceback.walk_tb(error.__traceback__))
         if isinstance(error, RankFailedError):
             self.tell("lost", str(error), at)
@@ -170,14 +170,14 @@ class Watch:
             while not store.check(["alarm"]):
                 if self._over.wait(LISTEN):
                     return
-            if not self._told:
+            if not self._reported:
                 self.tell("waits", "", _place_of_thread(main), alarm=False)
             if self._over.wait(BY_ITSELF):
                 return
-            if self._told:
+            if self._reported:
                 return
             if _place_of_thread(main)[1]:
-                self._told = True
+                self._reported = True
                 late = any(word.kind == "late" for word in self.heard().values())
                 found = self._found(late=late)
                 if found is not None and self.by is None:
@@ -191,9 +191,9 @@ class Watch:
 
     def on_sigterm(self, number: int, frame: FrameType | None) -> None:
         """End: so a launcher ends all others where one failed, and it may be the first to know."""
-        if self._told:
+        if self._reported:
             return
-        self._told = True
+        self._reported = True
         self.tell("ended", "", place_of(_outermost_first(frame)))
         if (found := self._found(late=False)) is not None:
             self.say(found)
@@ -221,9 +221,9 @@ class Watch:
 
     def end_by(self, number: int) -> None:
         """Tell the others that a signal ends this process, and say so once on a machine."""
-        if self._told:
+        if self._reported:
             return
-        self._told = True
+        self._reported = True
         self.tell("interrupted", "", ("", False))
         self._say_once(_by(number))
 
@@ -232,9 +232,9 @@ class Watch:
         if threading.current_thread() is threading.main_thread():
             # It is about to end.
             signal.signal(signal.SIGINT, signal.SIG_IGN)
-        well = not self._told
+        well = not self._reported
         if well:
-            self._told = True
+            self._reported = True
             self.tell("left", "", ("", False), alarm=False)
         if not (well and self.keeps):
             self._let_read()
@@ -289,10 +289,10 @@ def last_words(error: BaseException) -> BaseException | None:
 
     That is the same, or a `RankFailedError`; None where all were told to end.
     """
-    here = watch()
-    if here is None or isinstance(error, SystemExit):
+    watching = watch()
+    if watching is None or isinstance(error, SystemExit):
         return error
-    found = here.explain(error)
+    found = watching.explain(error)
     if found is error:
         _tell_launcher(_in_a_line(error))
     return found
@@ -308,10 +308,10 @@ def collective() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        here = watch()
-        if here is None or _kind(error, inside=True) == "failed":
+        watching = watch()
+        if watching is None or _kind(error, inside=True) == "failed":
             raise
-        found = here.explain(error)
+        found = watching.explain(error)
         raise SystemExit(143) if found is None else found from error
 
 
@@ -354,5 +354,5 @@ def _tell_launcher(text: str) -> None:
     if path and not os.path.exists(path):
         with suppress(OSError):
             more = {"py_callstack": text, "timestamp": str(int(time.time()))}
-            told = {"message": {"message": text, "extraInfo": more}}
-            Path(path).write_text(json.dumps(told), encoding="utf-8")
+            report = {"message": {"message": text, "extraInfo": more}}
+            Path(path).write_text(json.dumps(report), encoding="utf-8")

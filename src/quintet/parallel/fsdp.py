@@ -121,15 +121,15 @@ def _ready(root: Root, own: Mapping[str, Tensor]) -> Root:
 
 def _set_aside(model: nn.Module, sliced: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
     """Take slices out of a model, and leave what they are of, without memory, in their places."""
-    held = {name: p for name, p in model.named_parameters() if name in sliced}
+    parameters = {name: p for name, p in model.named_parameters() if name in sliced}
     wholes = {
         p: nn.Parameter(
             torch.empty(sliced[name], dtype=p.dtype, device="meta"), requires_grad=p.requires_grad
         )
-        for name, p in held.items()
+        for name, p in parameters.items()
     }
     _replace(model, wholes)
-    return {name: p.detach() for name, p in held.items()}
+    return {name: p.detach() for name, p in parameters.items()}
 
 
 def _put_back(model: nn.Module, own: Mapping[str, Tensor]) -> None:

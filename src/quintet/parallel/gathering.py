@@ -80,14 +80,14 @@ def to_first(own: Iterable[tuple[str, Tensor]], world: World) -> Iterator[tuple[
         _tell({}, world)
     if world.rank == 0:
         for stage in dist.get_process_group_ranks(world.groups["pp"])[1:]:
-            while told := _hear(stage, world):
-                dtype: torch.dtype = getattr(torch, told["dtype"])
-                tensor = torch.empty(told["shape"], dtype=dtype, device=world.device)
+            while spec := _hear(stage, world):
+                dtype: torch.dtype = getattr(torch, spec["dtype"])
+                tensor = torch.empty(spec["shape"], dtype=dtype, device=world.device)
                 if tensor.numel():
                     flat = _bytes(tensor)
                     dist.recv(flat, src=stage)
-                    tensor = flat.view(dtype).view(told["shape"])
-                yield told["name"], tensor
+                    tensor = flat.view(dtype).view(spec["shape"])
+                yield spec["name"], tensor
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -107,8 +107,8 @@ def _hear(rank: int, world: World) -> dict[str, Any]:
     dist.recv(size, src=rank)
     text = torch.empty(int(size), dtype=torch.uint8, device=world.device)
     dist.recv(text, src=rank)
-    told: dict[str, Any] = json.loads(bytes(text.tolist()))
-    return told
+    spec: dict[str, Any] = json.loads(bytes(text.tolist()))
+    return spec
 
 
 def own_part(tensor: Tensor) -> Tensor:

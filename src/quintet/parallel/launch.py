@@ -327,12 +327,12 @@ def _take_interface(address: str) -> None:
 
 
 def _no_network(launch: Launch, error: RuntimeError) -> DistributedError:
-    there = ", ".join(f"{name} ({at})" for name, at in _interfaces().items()) or "none"
+    interfaces = ", ".join(f"{name} ({at})" for name, at in _interfaces().items()) or "none"
     named = os.environ.get("GLOO_SOCKET_IFNAME", "")
     return DistributedError(
         f"rank {launch.rank} cannot reach the other processes: {' '.join(str(error).split())[:300]}"
         f"\nGLOO_SOCKET_IFNAME={named!r} (NCCL_SOCKET_IFNAME for GPUs) has to be the network "
-        f"interface that leads to them; this machine has {there}"
+        f"interface that leads to them; this machine has {interfaces}"
     )
 
 

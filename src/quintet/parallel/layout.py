@@ -91,10 +91,10 @@ class Parts:
         most = max(shard.numel for shard in of_all)
         flat = part.new_zeros(most)
         flat[: part.numel()] = part.flatten()
-        held = [torch.empty_like(flat) for _ in of_all]
-        dist.all_gather(held, flat, group=self._world.groups[axis])
+        gathered_parts = [torch.empty_like(flat) for _ in of_all]
+        dist.all_gather(gathered_parts, flat, group=self._world.groups[axis])
         whole = part.new_empty(own.shape)
-        for shard, numbers in zip(of_all, held, strict=True):
+        for shard, numbers in zip(of_all, gathered_parts, strict=True):
             shard.put(whole, numbers[: shard.numel].view(shard.local_shape))
         return whole
 
@@ -205,7 +205,7 @@ class ParallelLayout:
         else:
             yield from to_first(own, self.world)
 
-    def held(self, tensor: Tensor) -> Tensor:
+    def local(self, tensor: Tensor) -> Tensor:
         """Return what this process has of a parameter or its gradient: the numbers, no copy."""
         if not _is_divided(tensor):
             return tensor
@@ -289,8 +289,8 @@ class ParallelLayout:
     def whole(self, name: str, tensor: Tensor) -> Tensor:
         """Return the whole of a tensor that lies as a parameter does."""
         if name in self._rows and (group := self.world.groups.get(self._axis(name))) is not None:
-            each = widths(self._rows[name], self.world.degrees.of(self._axis(name)))
-            tensor = gathered(tensor, group, widths=each, dim=0)
+            rows_of_each = widths(self._rows[name], self.world.degrees.of(self._axis(name)))
+            tensor = gathered(tensor, group, widths=rows_of_each, dim=0)
         return tensor if self.parts is None else self.parts.whole(name, tensor)
 
     def part(self, name: str, tensor: Tensor) -> Tensor:
@@ -339,9 +339,9 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Yield tensors of one dtype, of not too many numbers together."""
     waiting: dict[torch.dtype, list[Tensor]] = {}
     for tensor in tensors:
-        held = waiting.setdefault(tensor.dtype, [])
-        if held and sum(x.numel() for x in held) + tensor.numel() > AT_ONCE:
+        bucket = waiting.setdefault(tensor.dtype, [])
+        if bucket and sum(x.numel() for x in bucket) + tensor.numel() > AT_ONCE:
             yield waiting.pop(tensor.dtype)
-            held = waiting.setdefault(tensor.dtype, [])
-        held.append(tensor)
+            bucket = waiting.setdefault(tensor.dtype, [])
+        bucket.append(tensor)
     yield from waiting.values()

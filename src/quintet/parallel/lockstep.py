@@ -96,9 +96,9 @@ class Lockstep:
             RankFailedError: another process failed.
             DisagreementError: others are elsewhere while gradients are recorded.
         """
-        here = number, DTYPES.index(x.dtype), x.shape[1]
+        head = number, DTYPES.index(x.dtype), x.shape[1]
         while True:
-            meeting, alike = self._meet(here, counts)
+            meeting, alike = self._meet(head, counts)
             assert meeting is not None, "this process is at a block"
             if torch.is_grad_enabled() and not alike:
                 raise DisagreementError(
@@ -117,31 +117,31 @@ class Lockstep:
         came = exchanged(rows, self.group, meeting.sent, meeting.received)
         failed: Exception | None = None
         try:
-            made = block.run_sent(came, meeting.counts)
+            outputs = block.run_sent(came, meeting.counts)
         except Exception as error:
-            failed, made = error, torch.full_like(came, torch.nan)
-        back = exchanged(made, self.group, meeting.received, meeting.sent)
+            failed, outputs = error, torch.full_like(came, torch.nan)
+        back = exchanged(outputs, self.group, meeting.received, meeting.sent)
         self._over = False
         if failed is not None:
             raise failed
         return back
 
     def _meet(
-        self, here: tuple[int, int, int], counts: Tensor | None = None
+        self, head: tuple[int, int, int], counts: Tensor | None = None
     ) -> tuple[Meeting | None, bool]:
         """Say where this process is; return whose turn it is, and whether all say the same."""
         self._over = True
         if self._interrupts.take():
-            here, counts = (INTERRUPTED, 0, 0), None
+            head, counts = (INTERRUPTED, 0, 0), None
         size, most = dist.get_world_size(self.group), max(block.own for block in self.blocks)
-        told = torch.zeros(size, HEAD + most, dtype=torch.long, device=self.device)
-        told[:, :HEAD] = torch.tensor(here, dtype=torch.long, device=self.device)
+        sent_heads = torch.zeros(size, HEAD + most, dtype=torch.long, device=self.device)
+        sent_heads[:, :HEAD] = torch.tensor(head, dtype=torch.long, device=self.device)
         if counts is not None:
-            told[:, HEAD : HEAD + counts.shape[1]] = counts
-        heard = torch.empty_like(told)
-        dist.all_to_all_single(heard, told, group=self.group)
+            sent_heads[:, HEAD : HEAD + counts.shape[1]] = counts
+        received_heads = torch.empty_like(sent_heads)
+        dist.all_to_all_single(received_heads, sent_heads, group=self.group)
         # This is the one thing that is waited for.
-        both = torch.stack((told, heard)).tolist()
+        both = torch.stack((sent_heads, received_heads)).tolist()
         places = [row[0] for row in both[1]]
         if min(places) <= FAILED:
             self._end(places)
@@ -150,10 +150,10 @@ class Lockstep:
             return None, alike
         _, dtype, width = both[1][places.index(block)][:HEAD]
         sent, received = ([_rows(row, block) for row in of_one] for of_one in both)
-        kept = heard[:, HEAD : HEAD + self.blocks[block - 1].own]
+        counts_received = received_heads[:, HEAD : HEAD + self.blocks[block - 1].own]
         if not alike:
-            kept = kept * (heard[:, :1] == block)
-        return Meeting(block, kept, sent, received, DTYPES[dtype], width), alike
+            counts_received = counts_received * (received_heads[:, :1] == block)
+        return Meeting(block, counts_received, sent, received, DTYPES[dtype], width), alike
 
     @torch.no_grad()
     def _serve(self, meeting: Meeting) -> None:
@@ -239,9 +239,9 @@ class Lockstep:
         raise RankFailedError(dist.get_process_group_ranks(self.group)[first], f"raised {why}")
 
 
-def _rows(told: list[int], block: int) -> int:
+def _rows(head: list[int], block: int) -> int:
     """Return how many rows a process sends, of what it told."""
-    return sum(told[HEAD:]) if told[0] == block else 0
+    return sum(head[HEAD:]) if head[0] == block else 0
 
 
 def _end_of(error: BaseException, agreement: Agreement | None) -> int | None:

@@ -54,7 +54,7 @@ class Pipeline:
         self.schedule = schedule
         self._index = world.coordinates["pp"]
         self._shared = _shared_groups(stages, world)
-        self._made: tuple[tuple[int, int], Any] | None = None
+        self._built: tuple[tuple[int, int], Any] | None = None
         self._check()
 
     def run(self, forward: Callable[[int], Tensor | None], sizes: Sequence[int]) -> None:
@@ -68,14 +68,14 @@ class Pipeline:
 
         What a part raises here is raised.
         """
-        made = self._schedule(len(sizes), max(sizes))
-        for one in made.stages:
+        built = self._schedule(len(sizes), max(sizes))
+        for one in built.stages:
             one.submod.run = forward
         numbers = torch.arange(len(sizes), dtype=torch.long, device="cpu")
-        arguments = (numbers.float(),) if any(one.is_first for one in made.stages) else ()
+        arguments = (numbers.float(),) if any(one.is_first for one in built.stages) else ()
         losses: list[Tensor] = []
         try:
-            made.schedule.step(
+            built.schedule.step(
                 *arguments, number=numbers, target=numbers, losses=losses, return_outputs=False
             )
         except RuntimeError as error:
@@ -126,7 +126,7 @@ class Pipeline:
     def elsewhere(self, name: str) -> bool:
         """Tell whether other processes have a tensor, and this one has not."""
         names = self.stages.names
-        return name not in names[self._index] and any(name in held for held in names)
+        return name not in names[self._index] and any(name in others for others in names)
 
     def _check(self) -> None:
         have, pp = self.stages.processes, self.world.degrees.pp
@@ -140,14 +140,14 @@ class Pipeline:
                 "*layout_of(schedule))"
             )
 
-    def _schedule(self, parts: int, most: int) -> "_Made":
+    def _schedule(self, parts: int, most: int) -> "_Built":
         """Return the schedule of so many parts of at most so many tokens."""
-        if self._made is None or self._made[0] != (parts, most):
-            self._made = ((parts, most), self._make(parts, most))
-        found: _Made = self._made[1]
+        if self._built is None or self._built[0] != (parts, most):
+            self._built = ((parts, most), self._make(parts, most))
+        found: _Built = self._built[1]
         return found
 
-    def _make(self, parts: int, most: int) -> "_Made":
+    def _make(self, parts: int, most: int) -> "_Built":
         from torch.distributed.pipelining import PipelineStage
         from torch.distributed.pipelining.schedules import get_schedule_class
 
@@ -168,7 +168,7 @@ class Pipeline:
         decoder = decoder_of(self.model)
         width, dtype = decoder.config.hidden_size, owner.dtype or decoder.dtype
         states = torch.empty(most, width, dtype=dtype, device="meta", requires_grad=True)
-        made = [
+        stages = [
             Own(
                 _Part(self.model, owner, index, most),
                 index,
@@ -182,21 +182,23 @@ class Pipeline:
                 else states,
                 group=self.world.groups["pp"],
             )
-            for index in owner.here
+            for index in owner.indices
         ]
-        for one in made:
+        for one in stages:
             one.stage_index_to_group_rank = dict(enumerate(self.stages.processes))
         few = self.schedule == "1F1B" and parts < count
         kind = get_schedule_class("GPipe" if few else self.schedule)
         several = self.schedule not in ("GPipe", "1F1B")
         try:
-            schedule = kind(made if several else made[0], parts, loss_fn=_itself, scale_grads=False)
+            schedule = kind(
+                stages if several else stages[0], parts, loss_fn=_itself, scale_grads=False
+            )
         except ValueError as error:
             raise InputError(
                 f"schedule={self.schedule!r} of {parts} parts on {self.world.degrees.pp} "
                 f"processes: {error}; cut a step into another number of parts"
             ) from None
-        return _Made(schedule, made)
+        return _Built(schedule, stages)
 
 
 def layout_of(schedule: Schedule, runs_each: int = 2) -> tuple[int, bool]:
@@ -214,7 +216,7 @@ def layout_of(schedule: Schedule, runs_each: int = 2) -> tuple[int, bool]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Made:
+class _Built:
     schedule: Any
     stages: list[Any]
 
@@ -233,15 +235,15 @@ class _Part(nn.Module):
         stage = self.stage
         stage.active = self.index
         with stage.between(None if stage.first else states):
-            made = self.run(int(number))
+            loss = self.run(int(number))
             if stage.last:
-                assert made is not None
+                assert loss is not None
                 # A part without labels has no graph, and sends back a gradient all the same.
-                return made if made.requires_grad else made + states.sum() * 0
+                return loss if loss.requires_grad else loss + states.sum() * 0
             assert stage.outgoing is not None
             outgoing = stage.outgoing.flatten(0, 1)
-        if made is not None:
-            outgoing = _Carrying.apply(outgoing, made)  # type: ignore[no-untyped-call]
+        if loss is not None:
+            outgoing = _Carrying.apply(outgoing, loss)  # type: ignore[no-untyped-call]
         return F.pad(outgoing, (0, 0, 0, self.most - len(outgoing)))
 
 

@@ -182,8 +182,8 @@ def seated(sharding: Sharding, seats: Mapping[str, Sequence[int]], count: int) -
             _check_seats(path, tuple(order), experts.count, count)
             section = replace(experts, order=tuple(order))
             parameters[name] = (replace(stack, sections=(section,)), *more)
-    kept = {path: tuple(order) for path, order in seats.items()}
-    return replace(sharding, parameters=parameters, seats={**sharding.seats, **kept})
+    orders = {path: tuple(order) for path, order in seats.items()}
+    return replace(sharding, parameters=parameters, seats={**sharding.seats, **orders})
 
 
 def _check_seats(path: str, order: tuple[int, ...], experts: int, count: int) -> None:
@@ -192,16 +192,16 @@ def _check_seats(path: str, order: tuple[int, ...], experts: int, count: int) ->
             f"seats of {path} are {shown(order)}; each of its {experts} experts, 0 to "
             f"{experts - 1}, has to have one or more"
         )
-    each, rest = divmod(len(order), count)
+    size, rest = divmod(len(order), count)
     if rest:
         raise InputError(
             f"{len(order)} seats of {path} cannot be given to {count} processes evenly"
         )
-    for start in range(0, len(order), each):
-        if len(set(order[start : start + each])) < each:
+    for start in range(0, len(order), size):
+        if len(set(order[start : start + size])) < size:
             raise InputError(
-                f"seats {start} to {start + each - 1} of {path} are one process's, and have an "
-                f"expert twice: {shown(order[start : start + each])}"
+                f"seats {start} to {start + size - 1} of {path} are one process's, and have an "
+                f"expert twice: {shown(order[start : start + size])}"
             )
 
 
@@ -236,14 +236,14 @@ def check_cut(shards: Mapping[str, Shard]) -> None:
     """
     sizes = {name: math.prod(shard.shape) for name, shard in shards.items()}
     whole = [name for name, shard in shards.items() if shard.whole]
-    total, kept = sum(sizes.values()), sum(sizes[name] for name in whole)
-    if kept <= max(MOST_WHOLE * total, FEW):
+    total, replicated = sum(sizes.values()), sum(sizes[name] for name in whole)
+    if replicated <= max(MOST_WHOLE * total, FEW):
         return
     largest = sorted(whole, key=lambda name: -sizes[name])[:3]
     raise InputError(
-        f"{kept} of the model's {total} numbers ({kept / total:.0%}) would lie whole on every "
-        f"process, the largest in {', '.join(largest)}; cut them in the sharding() of their "
-        "layers, or use fewer processes"
+        f"{replicated} of the model's {total} numbers ({replicated / total:.0%}) would lie whole "
+        f"on every process, the largest in {', '.join(largest)}; cut them in the sharding() of "
+        "their layers, or use fewer processes"
     )
 
 
@@ -277,8 +277,8 @@ def shard_of(name: str, shape: tuple[int, ...], cuts: tuple[Cut, ...], at: Place
         start = own = 0
         for section in cut.sections:
             if section.order is not None:
-                each = len(section.order) // count
-                units = section.order[index * each : (index + 1) * each]
+                per_process = len(section.order) // count
+                units = section.order[index * per_process : (index + 1) * per_process]
                 found += [(u * section.width, (u + 1) * section.width) for u in units]
                 continue
             first, last = _units(section, index, count, cut.axis)
@@ -299,8 +299,8 @@ def _units(section: Section, index: int, count: int, axis: Axis) -> Range:
         most = -(-units // count)
         return min(index * most, units), min((index + 1) * most, units)
     if units % count == 0:
-        each = units // count
-        return index * each, (index + 1) * each
+        size = units // count
+        return index * size, (index + 1) * size
     if section.shared and count % units == 0:
         own = index * units // count
         return own, own + 1

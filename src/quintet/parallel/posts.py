@@ -35,7 +35,7 @@ class Posts:
         ):
             self._underway.popleft()[0].wait()
 
-    def settle(self) -> None:
+    def wait_all(self) -> None:
         """Wait until the others have read all."""
         while self._underway:
             self._underway.popleft()[0].wait()

@@ -98,8 +98,8 @@ def _join(x: Tensor, group: dist.ProcessGroup, widths: list[int], dim: int) -> T
     most = max(widths)
     own = moved.new_zeros(most, *moved.shape[1:])
     own[: moved.shape[0]] = moved
-    kept = [part[:n] for part, n in zip(join(own, group), widths, strict=True)]
-    return torch.cat(kept).movedim(0, dim)
+    unpadded = [part[:n] for part, n in zip(join(own, group), widths, strict=True)]
+    return torch.cat(unpadded).movedim(0, dim)
 
 
 def _scatter(x: Tensor, group: dist.ProcessGroup, widths: list[int], dim: int) -> Tensor:

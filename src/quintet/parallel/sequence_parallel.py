@@ -106,9 +106,9 @@ def slice_tokens(model: nn.Module, sharding: Sharding, world: World) -> Slices:
     return slices
 
 
-def _in_place(hooks: MutableMapping[int, Any], of: type[object], hook: object) -> bool:
+def _in_place(hooks: MutableMapping[int, Any], kind: type[object], hook: object) -> bool:
     """Put a hook in the place of the one of a class, if there is one."""
-    found = [number for number, one in hooks.items() if isinstance(one, of)]
+    found = [number for number, one in hooks.items() if isinstance(one, kind)]
     hooks.update(dict.fromkeys(found, hook))
     return bool(found)
 
@@ -172,7 +172,7 @@ class _Enter(Idle):
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if not torch.is_grad_enabled():
             return None
-        return _each(args, kwargs, self.slices.entered if self.parts else self.slices.whole)
+        return _apply_to_all(args, kwargs, self.slices.entered if self.parts else self.slices.whole)
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +211,7 @@ class _Gather(Idle):
         return self.slices.whole(output) if torch.is_grad_enabled() else output
 
 
-def _each(
+def _apply_to_all(
     args: tuple[Any, ...], kwargs: dict[str, Any], apply: Callable[[Tensor], Tensor]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Apply to all tensors among arguments."""

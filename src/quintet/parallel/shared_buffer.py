@@ -50,12 +50,12 @@ def join(x: Tensor, group: dist.ProcessGroup) -> Tensor:
         RankFailedError: one of them has ended, or did not come in time.
     """
     shared_buffer = shared_buffer_of(group) if x.is_cpu else None
-    made = None if shared_buffer is None else shared_buffer.gather(x)
-    if made is None:
+    gathered = None if shared_buffer is None else shared_buffer.gather(x)
+    if gathered is None:
         parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
         dist.all_gather(parts, x.contiguous(), group=group)
         return torch.stack(parts)
-    return made
+    return gathered
 
 
 def _open(group: dist.ProcessGroup) -> SharedBuffer | None:
@@ -66,7 +66,7 @@ def _open(group: dist.ProcessGroup) -> SharedBuffer | None:
     path, file = None, None
     able = available()
     if index == 0 and able:
-        path, file = _made(size_of(count))
+        path, file = _create(size_of(count))
         if path is not None:
             name = torch.tensor(
                 list(bytes.fromhex(path.name.rpartition("-")[2])), dtype=name.dtype, device="cpu"
@@ -81,9 +81,9 @@ def _open(group: dist.ProcessGroup) -> SharedBuffer | None:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, index)
             memory = mmap.mmap(file, size_of(count))
             shared_buffer = SharedBuffer(memory, index, ranks, file, _patience(group))
-    there = torch.tensor([shared_buffer is not None], dtype=torch.uint8, device="cpu")
-    of_all = [torch.empty_like(there) for _ in ranks]
-    dist.all_gather(of_all, there, group=group)
+    opened = torch.tensor([shared_buffer is not None], dtype=torch.uint8, device="cpu")
+    of_all = [torch.empty_like(opened) for _ in ranks]
+    dist.all_gather(of_all, opened, group=group)
     if path is not None:
         # It lives as long as somebody has it mapped.
         path.unlink()
@@ -94,7 +94,7 @@ def _open(group: dist.ProcessGroup) -> SharedBuffer | None:
     return None
 
 
-def _made(size: int) -> tuple[Path, int] | tuple[None, None]:
+def _create(size: int) -> tuple[Path, int] | tuple[None, None]:
     """Make a file of memory that is there, not only promised."""
     path = _path(secrets.token_bytes(NAME))
     try:

@@ -44,10 +44,10 @@ class Link:
 
     def send(self, states: Tensor) -> None:
         """Hand states on, and go on: the next stage may still be with those before."""
-        held = states.detach().contiguous()
-        work = dist.isend(held, group=self.group, group_dst=self.behind)
+        payload = states.detach().contiguous()
+        work = dist.isend(payload, group=self.group, group_dst=self.behind)
         assert work is not None
-        self.underway.append((work, held))
+        self.underway.append((work, payload))
         while self.underway and (
             len(self.underway) > UNDERWAY or self.underway[0][0].is_completed()
         ):
@@ -59,7 +59,7 @@ class Stage:
     """The part of a model that is here.
 
     Attributes:
-        here: which stages.
+        indices: which stages.
         layers: of the main run, by stage.
         link: how states pass, where nobody else passes them.
         active: which of the stages here runs.
@@ -71,7 +71,7 @@ class Stage:
             that of the model.
     """
 
-    here: tuple[int, ...]
+    indices: tuple[int, ...]
     layers: tuple[range, ...]
     link: Link
     active: int
@@ -105,21 +105,21 @@ class Stage:
             self.given, self.incoming, self.outgoing = False, None, None
 
 
-def take_away(model: nn.Module, held: frozenset[str] | None) -> None:
-    """Drop the weights that other processes have; `held` names those here, None for all."""
-    if held is None:
+def take_away(model: nn.Module, names: frozenset[str] | None) -> None:
+    """Drop the weights that other processes have; `names` names those here, None for all."""
+    if names is None:
         return
     # By modules: what is quantised has other names than when it was given out.
-    paths = {name.rpartition(".")[0] for name in held}
+    paths = {name.rpartition(".")[0] for name in names}
     tensors = model.state_dict(keep_vars=True)
-    kept = {id(x) for name, x in tensors.items() if name.rpartition(".")[0] in paths}
+    kept_ids = {id(x) for name, x in tensors.items() if name.rpartition(".")[0] in paths}
     for module in model.modules():
         for leaf, parameter in module._parameters.items():
-            if parameter is not None and id(parameter) not in kept:
+            if parameter is not None and id(parameter) not in kept_ids:
                 module._parameters[leaf] = None
         for leaf, buffer in module._buffers.items():
             persistent = leaf not in module._non_persistent_buffers_set
-            if buffer is not None and persistent and id(buffer) not in kept:
+            if buffer is not None and persistent and id(buffer) not in kept_ids:
                 module._buffers[leaf] = None
 
 
@@ -129,18 +129,18 @@ def leave_out(model: nn.Module, stages: Stages, world: World) -> Stage:
     That is the last that is done to a model: its weights are in place, and its hooks.
     """
     index, group = world.coordinates["pp"], world.groups["pp"]
-    here = stages.of(index)
+    own_stages = stages.of(index)
     around = (None, *stages.processes, None)
-    link = Link(group, around[here[0]], around[here[-1] + 2])
-    stage = Stage(here, stages.layers, link, active=here[-1])
+    link = Link(group, around[own_stages[0]], around[own_stages[-1] + 2])
+    stage = Stage(own_stages, stages.layers, link, active=own_stages[-1])
     base = decoder_of(model)
     take_away(model, stages.names[index])
     if not base.embed_tokens.state_dict():
         _replace(base.embed_tokens, _Placeholder(base, stage))
     for i, layer in enumerate(base.layers):
-        if any(i in stages.layers[one] for one in here):
+        if any(i in stages.layers[one] for one in own_stages):
             # Where there is one stage alone, its layers are as they were.
-            if len(here) > 1:
+            if len(own_stages) > 1:
                 vars(layer)["forward"] = _InTurn(stage, i, layer)
         elif i < base.config.num_hidden_layers or not stage.last:
             _replace(layer, _Absent(stage, i))
@@ -194,10 +194,10 @@ class _Absent:
         return hidden_states
 
     def _check(self) -> None:
-        if len(self.stage.here) > 1:
+        if len(self.stage.indices) > 1:
             raise InputError(
-                f"the {len(self.stage.here)} stages of this process run in a training alone; cut "
-                "the model into one stage for each process (1F1B or GPipe) to run it by itself"
+                f"the {len(self.stage.indices)} stages of this process run in a training alone; "
+                "cut the model into one stage for each process (1F1B or GPipe) to run it by itself"
             )
 
     def _enter(self, hidden_states: Tensor) -> Tensor:
@@ -223,9 +223,9 @@ class _InTurn:
     layer: nn.Module
 
     def __call__(self, hidden_states: Tensor, **others: Any) -> Tensor:
-        if self.index in self.stage.own:
-            made: Tensor = type(self.layer).forward(self.layer, hidden_states, **others)
-            return made
+        if self.index in self.stage.indices:
+            output: Tensor = type(self.layer).forward(self.layer, hidden_states, **others)
+            return output
         return _Absent(self.stage, self.index)(hidden_states)
 
 

@@ -72,8 +72,8 @@ def cost_of(module: nn.Module) -> Cost:
     idle = 0
     for block in module.modules():
         if isinstance(block, ExpertBlock) and isinstance(block.gate, ExpertRouter):
-            held = sum(_numel(one) for one in block.modules() if isinstance(one, ExpertStack))
-            idle += held - held * block.gate.active // block.gate.num_experts
+            stacked = sum(_numel(one) for one in block.modules() if isinstance(one, ExpertStack))
+            idle += stacked - stacked * block.gate.active // block.gate.num_experts
     looked_up = isinstance(module, nn.Embedding)
     return Cost(numbers, 0 if looked_up else numbers - idle)
 
@@ -100,9 +100,9 @@ def split(layers: Sequence[Cost], count: int, before: Cost, behind: Cost) -> lis
     def share(start: int, end: int, stage: int) -> float:
         numbers = sums[end].numbers - sums[start].numbers
         products = sums[end].products - sums[start].products
-        for there, more in ((stage == 0, before), (stage == count - 1, behind)):
-            numbers += more.numbers if there else 0
-            products += more.products if there else 0
+        for at_end, more in ((stage == 0, before), (stage == count - 1, behind)):
+            numbers += more.numbers if at_end else 0
+            products += more.products if at_end else 0
         return max(numbers / max(total.numbers, 1), products / max(total.products, 1))
 
     # The least largest share of layers up to an end, and where its last stage starts.
@@ -154,8 +154,8 @@ def owners(
     """Return which of `count` processes has each stage; see `stages_of`."""
     if backwards:
         return tuple(reversed(owners(count, runs_each, folded=folded)))
-    there = (divmod(stage, count) for stage in range(count * runs_each))
-    return tuple(count - 1 - i if folded and turn % 2 else i for turn, i in there)
+    turns = (divmod(stage, count) for stage in range(count * runs_each))
+    return tuple(count - 1 - i if folded and turn % 2 else i for turn, i in turns)
 
 
 def stages_of(
@@ -214,8 +214,8 @@ def stages_of(
     tensors = model.state_dict(keep_vars=True)
     places: dict[int, set[int]] = {}
     for name, tensor in tensors.items():
-        held = places.setdefault(id(tensor), set())
-        held.update(processes[stage] for stage in holders(name))
+        ranks = places.setdefault(id(tensor), set())
+        ranks.update(processes[stage] for stage in holders(name))
     names = tuple(
         frozenset(name for name, tensor in tensors.items() if process in places[id(tensor)])
         for process in range(count)

@@ -41,12 +41,12 @@ class Together:
         if self.world is None or (error is not None and not isinstance(error, Exception)):
             self.notes = [self.note]
             return
-        said = None if error is None else _in_words(error)
-        told: list[Any] = [None] * self.world.degrees.size
-        dist.all_gather_object(told, (said, self.note))
-        problems = [problem for problem, _ in told]
-        self.notes = [note for _, note in told]
-        if said is not None and problems == [said] * len(problems):
+        own_problem = None if error is None else _in_words(error)
+        reports: list[Any] = [None] * self.world.degrees.size
+        dist.all_gather_object(reports, (own_problem, self.note))
+        problems = [problem for problem, _ in reports]
+        self.notes = [note for _, note in reports]
+        if own_problem is not None and problems == [own_problem] * len(problems):
             return
         for rank, problem in enumerate(problems):
             if problem is not None:

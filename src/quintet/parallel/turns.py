@@ -17,7 +17,7 @@ NOTICE = 5.0
 PATIENCE = 12 * 3600.0
 
 
-def in_turn(work: Callable[[], T], what: str) -> T:
+def in_turn(work: Callable[[], T], doing: str) -> T:
     """Do something in the first process of this machine, and then in the others.
 
     They wait at the store, not in a collective: fetching a model takes longer than those may. Where
@@ -25,41 +25,41 @@ def in_turn(work: Callable[[], T], what: str) -> T:
 
     Args:
         work: finds done, in the others, what the first did.
-        what: it is, for those who look why nothing happens.
+        doing: it is, for those who look why nothing happens.
 
     Raises:
         DistributedError: the first failed, or is not done after twelve hours.
     """
-    here = watch()
-    if here is None:
+    watching = watch()
+    if watching is None:
         return work()
-    host = here.who[here.rank].host
-    first = min(rank for rank, process in here.who.items() if process.host == host)
+    host = watching.who[watching.rank].host
+    first = min(rank for rank, process in watching.who.items() if process.host == host)
     # All processes make the same calls: those of one turn have the same number.
-    turn = f"turn/{first}/{here.store.add(f'turns/{here.rank}', 1)}"
-    if here.rank != first:
-        _wait(turn, first, what)
+    turn = f"turn/{first}/{watching.store.add(f'turns/{watching.rank}', 1)}"
+    if watching.rank != first:
+        _wait(turn, first, doing)
         return work()
     word = "failed"
     try:
-        made = work()
+        result = work()
         word = "done"
     finally:
-        here.store.set(turn, word)
-    return made
+        watching.store.set(turn, word)
+    return result
 
 
-def _wait(turn: str, first: int, what: str) -> None:
-    here = watch()
-    assert here is not None
-    began, told = time.monotonic(), False
-    while not here.store.check([turn]):
+def _wait(turn: str, first: int, doing: str) -> None:
+    watching = watch()
+    assert watching is not None
+    began, warned = time.monotonic(), False
+    while not watching.store.check([turn]):
         waited = time.monotonic() - began
-        if waited > NOTICE and not told:
-            log.warning("rank %d waits for rank %d, which is %s", here.rank, first, what)
-            told = True
+        if waited > NOTICE and not warned:
+            log.warning("rank %d waits for rank %d, which is %s", watching.rank, first, doing)
+            warned = True
         if waited > PATIENCE:
-            raise DistributedError(f"rank {first} is {what} for {waited:.0f} s; start all anew")
+            raise DistributedError(f"rank {first} is {doing} for {waited:.0f} s; start all anew")
         time.sleep(LOOK)
-    if here.store.get(turn) == b"failed":
-        raise DistributedError(f"rank {first} of this machine failed {what}")
+    if watching.store.get(turn) == b"failed":
+        raise DistributedError(f"rank {first} of this machine failed {doing}")

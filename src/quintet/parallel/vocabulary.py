@@ -27,9 +27,11 @@ def connect_vocabulary(model: nn.Module, names: Sequence[str], world: World) -> 
     for name in names:
         module = model.get_submodule(name)
         if not isinstance(module, LinearMap):
-            each = widths(module.num_embeddings, count)  # type: ignore[arg-type]
+            row_counts = widths(module.num_embeddings, count)  # type: ignore[arg-type]
             # In place of its forward, as hooks do not share what they know of one call.
-            vars(module)["forward"] = _Lookup(module, group, sum(each[:index]), each[index])
+            vars(module)["forward"] = _Lookup(
+                module, group, sum(row_counts[:index]), row_counts[index]
+            )
             continue
         module.register_forward_pre_hook(_EnterHead(group))
         module.register_forward_hook(_JoinLogits(group, widths(module.out_features, count)))  # type: ignore[arg-type]

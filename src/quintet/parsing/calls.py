@@ -25,7 +25,7 @@ class _Call:
         self._emit = emit
         self._name: str | None = None
         self._started = False
-        self._held: list[str] = []
+        self._pending: list[str] = []
         self.argued = False
 
     def name(self, name: str) -> None:
@@ -37,25 +37,25 @@ class _Call:
 
     def argue(self, text: str) -> None:
         if text:
-            self._held.append(text)
+            self._pending.append(text)
             self._go()
 
     def end(self) -> None:
         if self._name is None:
             raise BrokenCallError
-        if not self._started and not self._held:
-            self._held.append("{}")
+        if not self._started and not self._pending:
+            self._pending.append("{}")
         self._go()
         self._emit(CallEnd(self._index))
 
     def _go(self) -> None:
-        if self._name is None or not self._held:
+        if self._name is None or not self._pending:
             return
         if not self._started:
             self._started = True
             self._emit(CallStart(self._index, self._name))
-        self._emit(CallArguments(self._index, "".join(self._held)))
-        self._held.clear()
+        self._emit(CallArguments(self._index, "".join(self._pending)))
+        self._pending.clear()
 
 
 def read_call(

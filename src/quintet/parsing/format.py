@@ -170,9 +170,9 @@ def _probed(template: str, special_tokens: str) -> Format | None:
             {"id": name, "type": "function", "function": {"name": name, "arguments": value}}
             for name, value in zip(_NAMES, arguments, strict=True)
         ]
-        asked = {"role": "user", "content": "probe"}
+        question = {"role": "user", "content": "probe"}
         answered = {"role": "assistant", "content": content, "tool_calls": calls}
-        seen: dict[str, Any] = {"messages": [asked, answered], "tools": None, "documents": None}
+        seen: dict[str, Any] = {"messages": [question, answered], "tools": None, "documents": None}
         seen |= {"add_generation_prompt": False, **json.loads(special_tokens)}
         try:
             return render_chat(compiled, seen).text

@@ -192,14 +192,14 @@ class Unwrapped:
     """Decodes the inside of a JSON string in pieces."""
 
     def __init__(self) -> None:
-        self._held = ""
+        self._pending = ""
 
     def push(self, inside: str, *, last: bool = False) -> str:
         """Return the decoded text that is final."""
-        self._held += inside
-        found = _UNITS.match(self._held)
+        self._pending += inside
+        found = _UNITS.match(self._pending)
         assert found is not None
-        certain = len(self._held) if last else found.end()
-        ready, self._held = self._held[:certain], self._held[certain:]
+        certain = len(self._pending) if last else found.end()
+        ready, self._pending = self._pending[:certain], self._pending[certain:]
         # Half of a pair is no character and could not be sent to anybody.
         return _LONE.sub("\ufffd", json.loads(f'"{ready}"', strict=False)) if ready else ""

@@ -24,23 +24,29 @@ def prepare_messages(
     if not any("tool_calls" in message for message in messages):
         return [dict(message) for message in messages]
     written = format_of(tokenizer) or DEEPSEEK_V3
-    return [one for index, message in enumerate(messages) for one in _told(message, index, written)]
+    return [
+        one
+        for index, message in enumerate(messages)
+        for one in _split_calls(message, index, written)
+    ]
 
 
-def _told(message: Mapping[str, Any], index: int, written: Format) -> Iterator[dict[str, Any]]:
-    told = {name: value for name, value in message.items() if name != "tool_calls"}
+def _split_calls(
+    message: Mapping[str, Any], index: int, written: Format
+) -> Iterator[dict[str, Any]]:
+    plain = {name: value for name, value in message.items() if name != "tool_calls"}
     calls = message.get("tool_calls")
     if not calls:
-        yield told
+        yield plain
         return
-    if told.get("content") and not written.text_before:
-        yield told
-        told = {**told, "content": None}
-    told["tool_calls"] = [
+    if plain.get("content") and not written.text_before:
+        yield plain
+        plain = {**plain, "content": None}
+    plain["tool_calls"] = [
         _call(call, f"messages[{index}].tool_calls[{place}]", written.arguments)
         for place, call in enumerate(calls)
     ]
-    yield told
+    yield plain
 
 
 def _call(call: Any, where: str, form: Literal["text", "mapping"]) -> dict[str, Any]:

@@ -152,17 +152,17 @@ class StreamParser:
     def _call(self, written: Format, opener: str) -> Steps[bool]:
         """Read what follows a marker; return whether it was a call."""
         self._source.record(opener)
-        section, each = written.opens[0], written.opens[-1]
+        section, opening = written.opens[0], written.opens[-1]
         if written.style == "header" and opener == self._marks.sign(section):
             yield from self._source.skip_space()
-            if not (yield from self._source.accept(self._marks.sign(each))):
+            if not (yield from self._source.accept(self._marks.sign(opening))):
                 self._say(self._source.recorded())
                 return False
         complete = 0
         while True:
             try:
                 yield from read_call(
-                    self._source, written, self._calls, self._heard, bare=not opener
+                    self._source, written, self._calls, self._note, bare=not opener
                 )
             except BrokenCallError:
                 # Text in JSON that no marker begins only looked like one.
@@ -179,7 +179,7 @@ class StreamParser:
             self._source.record()
         return complete > 0
 
-    def _heard(self, event: Event) -> None:
+    def _note(self, event: Event) -> None:
         if isinstance(event, CallStart):
             self._calls += 1
         elif isinstance(event, CallEnd):

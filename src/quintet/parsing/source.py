@@ -48,8 +48,8 @@ class Source:
 
     def more(self) -> Steps[bool]:
         """Wait for more text; return False at the end."""
-        there = len(self.text) - self.at
-        while len(self.text) - self.at == there:
+        available = len(self.text) - self.at
+        while len(self.text) - self.at == available:
             if self.ended:
                 return False
             yield

@@ -219,8 +219,8 @@ def _joined(item: Any, options: Options) -> tuple[str, list[int]]:
     return options.delimiter.join(item), starts
 
 
-def _moved(offset: tuple[int, int], by: int) -> tuple[int, int]:
-    return offset[0] + by, offset[1] + by
+def _moved(offset: tuple[int, int], distance: int) -> tuple[int, int]:
+    return offset[0] + distance, offset[1] + distance
 
 
 def _words(tokens: list[Token]) -> Iterator[tuple[Token, ...]]:
@@ -260,13 +260,13 @@ def _as_token(entity: Entity) -> dict[str, Any]:
 
 def _without_overlaps(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Keep the longest of what windows found at one place, the surest of the longest."""
-    kept: list[dict[str, Any]] = []
+    chosen: list[dict[str, Any]] = []
     for one in sorted(found, key=lambda one: one["start"]):
-        if not kept or one["start"] >= kept[-1]["end"]:
-            kept.append(one)
-        elif _weight(one) > _weight(kept[-1]):
-            kept[-1] = one
-    return kept
+        if not chosen or one["start"] >= chosen[-1]["end"]:
+            chosen.append(one)
+        elif _weight(one) > _weight(chosen[-1]):
+            chosen[-1] = one
+    return chosen
 
 
 def _weight(one: dict[str, Any]) -> tuple[int, float]:

@@ -196,8 +196,8 @@ class PreTrainedTokenizer(Chat, Decoder, Pushable):
 
     @classmethod
     def _made_of(cls, files: TokenizerFiles, options: TokenizerOptions) -> Self:
-        if files.made is not None:
-            backend = files.made
+        if files.backend is not None:
+            backend = files.backend
         elif files.pipeline is not None:
             backend = read_pipeline(files.pipeline)
         elif files.vocabulary is not None:
@@ -210,7 +210,7 @@ class PreTrainedTokenizer(Chat, Decoder, Pushable):
         if files.pipeline is not None:
             # What is added around a text is a step of the pipeline, and its file has the say.
             known -= {"add_bos_token", "add_eos_token", "add_prefix_space"}
-        elif files.made is None and files.vocabulary is None:
+        elif files.backend is None and files.vocabulary is None:
             known -= {"add_prefix_space"}
         # A role that is null has no token, whichever the class would give it.
         given = {

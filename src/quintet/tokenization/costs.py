@@ -236,9 +236,9 @@ TESTS = frozenset(
 # -- methods ----------------------------------------------------------------------------------
 
 
-def _found_from_the_right(budget: Budget, text: str, what: Any, *args: Any) -> int:
+def _found_from_the_right(budget: Budget, text: str, needle: Any, *args: Any) -> int:
     # Python's search from the right compares every letter with every letter.
-    budget.take((len(text) * max(size(what), 1)) >> 10)
+    budget.take((len(text) * max(size(needle), 1)) >> 10)
     return 0
 
 
@@ -274,8 +274,8 @@ def _prefixed(budget: Budget, text: str, width: int) -> int:
     return max(len(text), budget.number(width))
 
 
-def _searched(budget: Budget, items: Any, what: Any, *args: Any) -> int:
-    budget.room(budget.weigh(what) + budget.weigh(items, a_character=1))
+def _searched(budget: Budget, items: Any, needle: Any, *args: Any) -> int:
+    budget.room(budget.weigh(needle) + budget.weigh(items, a_character=1))
     return 0
 
 

@@ -34,14 +34,14 @@ class TokenizerFiles:
     """The files that describe a tokenizer.
 
     Attributes:
-        made: the pipeline, where it was made already.
+        backend: the pipeline, where it was made already.
     """
 
     root: Path
     settings: dict[str, Any]
     added: dict[int, AddedToken] = field(default_factory=dict)
     chat_template: str | dict[str, str] | None = None
-    made: Tokenizer | None = None
+    backend: Tokenizer | None = None
 
     @property
     def pipeline(self) -> Path | None:
@@ -84,7 +84,7 @@ def read_tokenizer_files(root: Path) -> TokenizerFiles:
     for role in known:
         if roles.get(role) is not None and role not in files.settings:
             files.settings[role] = roles[role]
-    check_values(files.settings, lambda said: TokenizerError(f"{root / SETTINGS}: {said}"))
+    check_values(files.settings, lambda reason: TokenizerError(f"{root / SETTINGS}: {reason}"))
     special = {
         token["content"] if isinstance(token, dict) else token
         for role in known

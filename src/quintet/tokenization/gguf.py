@@ -102,7 +102,7 @@ def read_gguf_tokenizer(metadata: Mapping[str, Value], path: Path) -> TokenizerF
         if type(length) is int and length > 0:
             settings["model_max_length"] = length
     template = _templates(metadata, path)
-    return TokenizerFiles(root=path, settings=settings, chat_template=template, made=pipeline)
+    return TokenizerFiles(root=path, settings=settings, chat_template=template, backend=pipeline)
 
 
 def end_ids(metadata: Mapping[str, Value], path: Path) -> list[int]:

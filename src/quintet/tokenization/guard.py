@@ -9,7 +9,7 @@ MAX_MESSAGE = 1000
 
 
 @contextmanager
-def guarded(what: str) -> Iterator[None]:
+def guarded(action: str) -> Iterator[None]:
     """Turn any failure of the library into a TokenizerError.
 
     The library raises bare Exception, and its panics are no Exception at all.
@@ -24,5 +24,5 @@ def guarded(what: str) -> Iterator[None]:
     except (QuintetError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:
-        said = str(error).encode(errors="backslashreplace").decode()[:MAX_MESSAGE]
-        raise TokenizerError(f"{what} ({type(error).__name__}: {said})") from error
+        message = str(error).encode(errors="backslashreplace").decode()[:MAX_MESSAGE]
+        raise TokenizerError(f"{action} ({type(error).__name__}: {message})") from error

@@ -53,8 +53,8 @@ def _checked(value: Any, as_words: bool, name: str) -> Any:
                 f"not {type(value).__name__}"
             )
     elif not isinstance(value, str):
-        said = f"not {type(value).__name__}"
+        found = f"not {type(value).__name__}"
         if isinstance(value, list | tuple):
-            said += f" of {len(value)}; a pair has two, and is_split_into_words=True is for words"
-        raise InputError(f"{name} has to be a string, {said}")
+            found += f" of {len(value)}; a pair has two, and is_split_into_words=True is for words"
+        raise InputError(f"{name} has to be a string, {found}")
     return value

@@ -92,9 +92,9 @@ def check_values(given: Mapping[str, Any], error: Callable[[str], Exception]) ->
         Exception: what `error` makes of the message, which names the option and the value.
     """
     for name, value in given.items():
-        usable, said = _KINDS.get(name, (lambda _: True, ""))
+        usable, expected = _KINDS.get(name, (lambda _: True, ""))
         if not usable(value):
-            raise error(f"{name}={shown(value)} has to be {said}")
+            raise error(f"{name}={shown(value)} has to be {expected}")
 
 
 # What a pipeline decides, though other tokenizers have an option for it: a file that names one is

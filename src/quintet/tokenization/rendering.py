@@ -46,8 +46,8 @@ def _readings(messages: Messages) -> Iterator[Messages]:
     """Yield the messages, then variants with other spellings of empty fields."""
     yield messages
     if _has_none(messages):
-        kept = ("content",)
-        yield [{k: v for k, v in one.items() if v is not None or k in kept} for one in messages]
+        required = ("content",)
+        yield [{k: v for k, v in one.items() if v is not None or k in required} for one in messages]
         yield [{k: v for k, v in one.items() if v is not None} for one in messages]
         empty = {"content": ""}
         yield [{**empty, **{k: v for k, v in one.items() if v is not None}} for one in messages]

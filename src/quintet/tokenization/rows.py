@@ -18,7 +18,7 @@ class Row:
     def __init__(
         self,
         encoding: Encoding,
-        kept: Sequence[int] | None = None,
+        indices: Sequence[int] | None = None,
         *,
         pad: tuple[int, int] = (0, 0),
         pad_id: int = 0,
@@ -27,7 +27,7 @@ class Row:
         places: Sequence[tuple[int, int]] = (),
     ) -> None:
         self._encoding = encoding
-        self._kept = kept
+        self._indices = indices
         self._pad = pad
         self._pad_id = pad_id
         self._pad_token = pad_token
@@ -36,12 +36,12 @@ class Row:
         self._places = places
 
     def __len__(self) -> int:
-        kept = len(self._encoding) if self._kept is None else len(self._kept)
-        return kept + sum(self._pad)
+        count = len(self._encoding) if self._indices is None else len(self._indices)
+        return count + sum(self._pad)
 
     def _column(self, values: list[Any], padding: Any) -> list[Any]:
-        if self._kept is not None:
-            values = [values[position] for position in self._kept]
+        if self._indices is not None:
+            values = [values[position] for position in self._indices]
         left, right = self._pad
         return [padding] * left + values + [padding] * right if left or right else values
 
@@ -145,7 +145,7 @@ class Row:
         """Return the padded row."""
         return Row(
             self._encoding,
-            self._kept,
+            self._indices,
             pad=(left, right),
             pad_id=pad_id,
             pad_token=pad_token,

@@ -40,7 +40,7 @@ class IncrementalDecoder:
         cleans = clean_up_tokenization_spaces
         cleans = tokenizer.clean_up_tokenization_spaces if cleans is None else cleans
         self._cleans = cleans and tokenizer._leaves_spaces
-        self._held: list[str] = []
+        self._pending: list[str] = []
 
     def push(self, ids: int | Sequence[int]) -> str:
         """Add ids; return the text that is final.
@@ -70,10 +70,10 @@ class IncrementalDecoder:
         while not last and certain and text[certain - 1] in _CLEANED:
             certain -= 1
         if not last and not certain:
-            self._held.append(text)
+            self._pending.append(text)
             return ""
-        ready = "".join([*self._held, text[:certain]])
-        self._held = [text[certain:]]
+        ready = "".join([*self._pending, text[:certain]])
+        self._pending = [text[certain:]]
         return clean_up(ready)
 
 

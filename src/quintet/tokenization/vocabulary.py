@@ -264,8 +264,8 @@ class Vocabulary:
                     raise InputError(f"{role}={shown(value)} has to be a list of tokens")
                 tokens = list(value)
                 names = [token_text(token) for token in tokens]
-                kept = [] if replace else self._additional
-                self._additional = [*kept, *(name for name in names if name not in kept)]
+                existing = [] if replace else self._additional
+                self._additional = [*existing, *(name for name in names if name not in existing)]
             else:
                 if not isinstance(value, str | AddedToken):
                     raise InputError(f"{role}={shown(value)} has to be a token")

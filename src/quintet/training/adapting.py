@@ -80,11 +80,11 @@ class AdapterSettings:
         if self.experts or self.target_parameters:
             for key in ("use_dora", "lora_bias", "lora_dropout"):
                 if value := getattr(self, key):
-                    asked = "experts" if self.experts else "target_parameters"
+                    field = "experts" if self.experts else "target_parameters"
                     raise SettingError.value(
                         key,
                         value,
-                        f"cannot be with {asked}, which are parameters and not maps; take one of "
+                        f"cannot be with {field}, which are parameters and not maps; take one of "
                         "the two out",
                     )
         if self.from_ is not None:
@@ -122,14 +122,14 @@ class Trained:
 
     Attributes:
         parameters: how many numbers are trained.
-        of: how many there are.
-        held: the bytes of all weights, those trained included.
+        total: how many there are.
+        weight_bytes: the bytes of all weights, those trained included.
         learning: the bytes of gradients and of the two moments of AdamW, in float32.
     """
 
     parameters: int
-    of: int
-    held: int
+    total: int
+    weight_bytes: int
     learning: int
 
     @classmethod
@@ -143,15 +143,15 @@ class Trained:
             else sum(one.numel() for one in model.parameters())
         )
         tensors = {id(one): one for one in (*model.parameters(), *model.buffers())}
-        held = sum(one.numel() * one.element_size() for one in tensors.values())
-        return cls(parameters, whole, held, sum(4 * 3 * one.numel() for one in trained))
+        nbytes = sum(one.numel() * one.element_size() for one in tensors.values())
+        return cls(parameters, whole, nbytes, sum(4 * 3 * one.numel() for one in trained))
 
     def __str__(self) -> str:
         """Tell it in a line."""
-        share = 100 * self.parameters / max(self.of, 1)
+        share = 100 * self.parameters / max(self.total, 1)
         return (
-            f"trains {_short(self.parameters)} of {_short(self.of)} parameters ({share:.2g} %); "
-            f"weights {self.held / 1e6:,.0f} MB, gradients and moments "
+            f"trains {_short(self.parameters)} of {_short(self.total)} parameters ({share:.2g} %); "
+            f"weights {self.weight_bytes / 1e6:,.0f} MB, gradients and moments "
             f"{self.learning / 1e6:,.0f} MB, beside what layers keep of a step"
         )
 
@@ -221,9 +221,9 @@ def whole_of(model: CausalLMHead) -> CausalLMHead:
         whole.requires_grad_(False)
         _share(whole, model)
     for path, module in model.named_modules():
-        held = module._modules.get("adapters")
-        if isinstance(held, nn.ModuleDict):
-            whole.get_submodule(path).adapters = copy.deepcopy(held).to("meta")
+        adapters = module._modules.get("adapters")
+        if isinstance(adapters, nn.ModuleDict):
+            whole.get_submodule(path).adapters = copy.deepcopy(adapters).to("meta")
     return whole
 
 

@@ -30,7 +30,7 @@ from quintet.training.balance import (
     SwitchBalance,
     TokenDropping,
 )
-from quintet.training.checkpoints import Kept
+from quintet.training.checkpoints import SavedCheckpoint
 from quintet.training.config import (
     BalanceSettings,
     LanguageSettings,
@@ -43,7 +43,7 @@ from quintet.training.held import Held
 from quintet.training.joining import Beside
 from quintet.training.objective import Objective
 from quintet.training.objectives import Distillation, LanguageModelling, Preference
-from quintet.training.objectives.compared import Running, here
+from quintet.training.objectives.compared import Running, run_local
 from quintet.training.schedule import Schedule
 from quintet.training.schedules import Number, schedule_of
 from quintet.training.settings import SettingError
@@ -81,8 +81,8 @@ def prepared(
     config: TrainingConfig,
     tokenizer: PreTrainedTokenizer,
     model: CausalLMHead | None,
-    start: Kept | None,
-    held: Held | None = None,
+    start: SavedCheckpoint | None,
+    share: Held | None = None,
     beside: Beside | None = None,
 ) -> tuple[CausalLMHead, Objective]:
     """Return the model as its training begins, or goes on, and what it is trained for.
@@ -92,7 +92,7 @@ def prepared(
         tokenizer: whose ids the model is for.
         model: in place of what the settings name.
         start: the checkpoint that its training goes on from.
-        held: what of the model is built where several processes have it; None for all.
+        share: what of the model is built where several processes have it; None for all.
         beside: where models lie that it is compared with; None for all of them here.
 
     Raises:
@@ -100,10 +100,10 @@ def prepared(
         QuintetError: it cannot be read, or is none for these settings.
     """
     named = [key for key in ("from_", "config", "quantize") if getattr(config.model, key)]
-    if model is None and held is not None:
+    if model is None and share is not None:
         # A run with an adapter saves that alone.
         saved = None if start is None or config.adapter is not None else start.path
-        model = build_model(config.model, tokenizer, held, saved)
+        model = build_model(config.model, tokenizer, share, saved)
 
         def first() -> CausalLMHead:
             # Where nothing was read, the numbers that its parts were drawn from.
@@ -132,7 +132,7 @@ def prepared(
 
 
 def _to_put(
-    config: TrainingConfig, own: AdapterSettings, start: Kept | None
+    config: TrainingConfig, own: AdapterSettings, start: SavedCheckpoint | None
 ) -> tuple[AdapterSettings, str | None]:
     """Return which adapter is put on the model, and which beside it to compare with."""
     beside = own.from_ if _compares_with_adapter(config) else None
@@ -150,7 +150,7 @@ def _compares_with_adapter(config: TrainingConfig) -> bool:
 def build_model(
     settings: ModelSettings,
     tokenizer: PreTrainedTokenizer,
-    held: Held | None = None,
+    share: Held | None = None,
     saved: Path | None = None,
 ) -> CausalLMHead:
     """Return the model that the settings name.
@@ -158,7 +158,7 @@ def build_model(
     Args:
         settings: the settings.
         tokenizer: whose ids a new model is for.
-        held: what of it is built where several processes have it; None for all.
+        share: what of it is built where several processes have it; None for all.
         saved: what was made of it meanwhile, whose weights it has.
 
     Raises:
@@ -171,11 +171,11 @@ def build_model(
     given: dict[str, Any] = {
         k: None if v == "none" else v for k, v in (settings.config or {}).items()
     }
-    if saved is not None and held is not None:
-        return _own_part(ModelSource(saved), settings, held, more)
-    if settings.from_ is not None and held is not None:
+    if saved is not None and share is not None:
+        return _own_part(ModelSource(saved), settings, share, more)
+    if settings.from_ is not None and share is not None:
         source = ModelSource(settings.from_, settings.revision)
-        return _own_part(source, settings, held, {**more, **given})
+        return _own_part(source, settings, share, {**more, **given})
     if settings.from_ is not None:
         for name in ("revision", "quantize"):
             if (value := getattr(settings, name)) is not None:
@@ -189,18 +189,18 @@ def build_model(
     given.setdefault("vocab_size", len(tokenizer))
     for name in SPECIAL:
         given.setdefault(name, getattr(tokenizer, name))
-    made = AutoConfig.for_model(model_type, **given, **more)
+    config = AutoConfig.for_model(model_type, **given, **more)
     cls: type[CausalLMHead] = family(model_type).find("ForCausalLM")
     dtype = torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
     # One process draws the same numbers as several.
-    return new_model(cls, made, dtype) if held is None else held.new(cls, made, dtype)
+    return new_model(cls, config, dtype) if share is None else share.new(cls, config, dtype)
 
 
 def _own_part(
-    source: ModelSource, settings: ModelSettings, held: Held, overrides: dict[str, Any]
+    source: ModelSource, settings: ModelSettings, share: Held, overrides: dict[str, Any]
 ) -> CausalLMHead:
     try:
-        return _part(source, settings, held, overrides)
+        return _part(source, settings, share, overrides)
     except AdapterFolderError as found:
         raise InputError(
             f"{found}: several processes train a model, or an [adapter] on it; name the model as "
@@ -210,11 +210,11 @@ def _own_part(
 
 
 def _part(
-    source: ModelSource, settings: ModelSettings, held: Held, overrides: dict[str, Any]
+    source: ModelSource, settings: ModelSettings, share: Held, overrides: dict[str, Any]
 ) -> CausalLMHead:
     config = AutoConfig.from_pretrained(source.name_or_path, revision=source.revision)
     cls: type[CausalLMHead] = family(config.model_type).find("ForCausalLM")
-    return held.loaded(
+    return share.loaded(
         cls, source, dtype=settings.dtype, quantize=settings.quantize, overrides=overrides
     )
 
@@ -288,7 +288,7 @@ def build_objective(
         )
     if isinstance(settings, PreferenceSettings):
         reference: CausalLMHead | None = None
-        running: Running = here
+        running: Running = run_local
         adapter = None
         if settings.reference is not None:
             reference, running = _other("objective.reference", settings.reference, beside)
@@ -316,7 +316,7 @@ def _other(key: str, name: str, beside: Beside | None) -> tuple[CausalLMHead, Ru
     """Return a checkpoint's model, which another one is compared with, and what it is run by."""
     if beside is None:
         return _placed(_loaded(name), None, part=False)
-    read = partial(_part, settings=ModelSettings(dtype="auto"), held=beside.held, overrides={})
+    read = partial(_part, settings=ModelSettings(dtype="auto"), share=beside.held, overrides={})
     try:
         try:
             model = read(ModelSource(name))
@@ -336,7 +336,7 @@ def _placed(
     model: CausalLMHead, beside: Beside | None, *, part: bool
 ) -> tuple[CausalLMHead, Running]:
     frozen = model.eval().requires_grad_(False)
-    return frozen, here if beside is None else beside.placed(frozen, part=part)
+    return frozen, run_local if beside is None else beside.placed(frozen, part=part)
 
 
 def prediction_layers(model: CausalLMHead) -> int:
@@ -350,11 +350,13 @@ def balance_losses(settings: BalanceSettings) -> tuple[BalanceLoss, ...]:
     losses: list[BalanceLoss] = []
     if settings.sequence is not None:
         losses.append(SequenceBalance(schedule_of(settings.sequence)))
-    limited = [_schedule(of) for of in (settings.expert, settings.device, settings.communication)]
+    limited = [
+        _schedule(value) for value in (settings.expert, settings.device, settings.communication)
+    ]
     if any(limited):
         devices, reached = settings.devices, settings.reached
         losses.append(DeviceLimitedBalance(*limited, devices=devices, reached=reached))
-    switch = [_schedule(of) for of in (settings.auxiliary, settings.z)]
+    switch = [_schedule(value) for value in (settings.auxiliary, settings.z)]
     if any(switch):
         losses.append(SwitchBalance(*switch, scope=settings.scope))
     return tuple(losses)

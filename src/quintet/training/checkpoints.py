@@ -35,7 +35,7 @@ WRITING, REMOVING = ".writing-", ".removing-"
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class SavedCheckpoint:
     """A whole checkpoint of a run.
 
     Attributes:
@@ -55,14 +55,14 @@ class Kept:
         return score if isinstance(score, float) else None
 
 
-def kept(run: Path) -> list[Kept]:
+def saved_checkpoints(run: Path) -> list[SavedCheckpoint]:
     """Return the whole checkpoints of a run, the oldest first."""
     found = []
     for path in run.iterdir() if run.is_dir() else []:
         match = re.fullmatch(r"step-(\d+)", path.name)
         state = _whole(path) if match else None
         if match and state is not None:
-            found.append(Kept(path, int(match[1]), state))
+            found.append(SavedCheckpoint(path, int(match[1]), state))
     return sorted(found, key=lambda one: one.step)
 
 
@@ -78,7 +78,7 @@ def _whole(path: Path) -> dict[str, Any] | None:
     return state if whole else None
 
 
-def best(checkpoints: list[Kept]) -> Kept | None:
+def best(checkpoints: list[SavedCheckpoint]) -> SavedCheckpoint | None:
     """Return the one of the lowest score, the earliest of several, if any was measured."""
     measured = [one for one in checkpoints if one.score is not None]
     return min(measured, key=lambda one: (one.score, one.step), default=None)
@@ -129,7 +129,7 @@ def put(
     return target
 
 
-def read_tensors(checkpoint: Kept) -> dict[str, Tensor]:
+def read_tensors(checkpoint: SavedCheckpoint) -> dict[str, Tensor]:
     """Return the tensors of the optimisers.
 
     Raises:
@@ -141,7 +141,7 @@ def read_tensors(checkpoint: Kept) -> dict[str, Tensor]:
 
 def prune(run: Path, keep: int) -> None:
     """Remove all whole checkpoints but the last `keep` and the best; what fails stays."""
-    found = kept(run)
+    found = saved_checkpoints(run)
     spared = [*found[-keep:], best(found)]
     for one in found:
         if one not in spared:

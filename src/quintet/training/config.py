@@ -41,8 +41,8 @@ class ModelSettings:
     def __post_init__(self) -> None:
         if self.config is not None:
             # None given in Python is written down as a file can hold it.
-            held = {key: "none" if v is None else v for key, v in self.config.items()}
-            object.__setattr__(self, "config", held)
+            config = {key: "none" if v is None else v for key, v in self.config.items()}
+            object.__setattr__(self, "config", config)
         if self.from_ is None and self.config is not None and "model_type" not in self.config:
             raise SettingError(
                 "config.model_type",
@@ -223,9 +223,9 @@ class TrainSettings:
     def __post_init__(self) -> None:
         given = [key for key in ("steps", "tokens", "minutes") if getattr(self, key) is not None]
         if len(given) != 1:
-            told = f"has {', '.join(given)}" if given else "has none of them"
+            problem = f"has {', '.join(given)}" if given else "has none of them"
             raise SettingError(
-                "", f" {told}: name one budget, steps, tokens or minutes, such as steps = 1000"
+                "", f" {problem}: name one budget, steps, tokens or minutes, such as steps = 1000"
             )
         at_least(self, steps=1, tokens=1, parts=1, seed=0, threads=1, skips=0)
         # A number of threads beyond this is a slip, and PyTorch would start them.

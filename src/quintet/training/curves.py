@@ -47,16 +47,16 @@ def runs(folders: Sequence[Path]) -> dict[str, list[dict[str, Any]]]:
         ModelNotFoundError: a folder has no metrics.
         CheckpointError: a line is none of them.
     """
-    told: dict[str, list[dict[str, Any]]] = {}
+    metrics: dict[str, list[dict[str, Any]]] = {}
     for folder in folders:
         path = (folder if folder.is_dir() else folder.parent).resolve()
         known = [(f if f.is_dir() else f.parent).resolve().name for f in folders]
         name = path.name if known.count(path.name) == 1 else str(folder)
-        told[name] = read_metrics(folder)
-    return told
+        metrics[name] = read_metrics(folder)
+    return metrics
 
 
-def panels(told: Mapping[str, list[dict[str, Any]]], axis: Axis = "tokens") -> list[Panel]:
+def panels(metrics: Mapping[str, list[dict[str, Any]]], axis: Axis = "tokens") -> list[Panel]:
     """Return the panels of runs that have something to show, loss first."""
     found: dict[str, Panel] = {}
 
@@ -64,7 +64,7 @@ def panels(told: Mapping[str, list[dict[str, Any]]], axis: Axis = "tokens") -> l
         if curve.x:
             found.setdefault(title, Panel(title, [], logarithmic)).curves.append(curve)
 
-    for number, (name, lines) in enumerate(told.items()):
+    for number, (name, lines) in enumerate(metrics.items()):
         steps = [line for line in lines if line["event"] == "step" and not line.get("skipped")]
         looks = [line for line in lines if line["event"] == "evaluation"]
         at = _places(steps, axis)
@@ -74,7 +74,7 @@ def panels(told: Mapping[str, list[dict[str, Any]]], axis: Axis = "tokens") -> l
             f"held out, bits per {unit}",
             _curve(number, name, looks, axis, f"bits_per_{unit}", at),
         )
-        _add_balance(add, number, name, steps, axis, alone=len(told) == 1)
+        _add_balance(add, number, name, steps, axis, alone=len(metrics) == 1)
         for label, curve in _rates(number, name, steps, axis).items():
             add("learning rate", Curve(number, label, curve.x, curve.y))
         add("tokens per second", _smooth(_curve(number, name, steps, axis, "tokens_per_second")))

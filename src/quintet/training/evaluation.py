@@ -134,7 +134,7 @@ def samples(
     for prompt in settings.prompts:
         generator = torch.Generator(model.device).manual_seed(settings.seed)
         with undisturbed(model):
-            inputs = _asked(tokenizer, prompt, settings.chat).to(model.device)
+            inputs = _encoded_prompt(tokenizer, prompt, settings.chat).to(model.device)
             drawn = settings.temperature > 0
             written = model.generate(
                 inputs,
@@ -149,14 +149,14 @@ def samples(
         yield Sample(step=step, tokens=tokens, prompt=prompt, text=text, seed=settings.seed)
 
 
-def _asked(tokenizer: PreTrainedTokenizer, prompt: str, chat: bool) -> BatchEncoding:
+def _encoded_prompt(tokenizer: PreTrainedTokenizer, prompt: str, chat: bool) -> BatchEncoding:
     """Return the ids of a prompt, (1, T), as a conversation has it or as it is."""
     if not chat:
         return tokenizer(prompt, return_tensors="pt")
-    asked: BatchEncoding = tokenizer.apply_chat_template(
+    encoding: BatchEncoding = tokenizer.apply_chat_template(
         [{"role": "user", "content": prompt}],
         add_generation_prompt=True,
         return_tensors="pt",
         return_dict=True,
     )
-    return asked
+    return encoding

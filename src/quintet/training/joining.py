@@ -26,7 +26,7 @@ from quintet.training.adapting import whole_of
 from quintet.training.config import TrainingConfig
 from quintet.training.held import Held
 from quintet.training.objectives.compared import Running
-from quintet.training.objectives.compared import here as run_here
+from quintet.training.objectives.compared import run_local as run_here
 from quintet.training.optimizers.layout import HERE, Layout
 from quintet.training.parallel import ParallelSettings
 from quintet.training.ranks import Alone, Ranks, Several
@@ -40,13 +40,13 @@ def joined(settings: ParallelSettings) -> Ranks:
         DistributedError: not all of them came in time.
     """
     # A group that the caller made is the caller's.
-    there = dist.is_available() and dist.is_initialized()
+    is_initialized = dist.is_available() and dist.is_initialized()
     launch = launched()
-    size = dist.get_world_size() if there else 1 if launch is None else launch.size
+    size = dist.get_world_size() if is_initialized else 1 if launch is None else launch.size
     degrees = settings.degrees(size)
     if size == 1:
         return Alone()
-    if there and launch is None:
+    if is_initialized and launch is None:
         return Several(World.of(degrees, own_device()))
     return Several(join(degrees, timeout=settings.timeout))
 
@@ -85,7 +85,7 @@ def parallelize(
     # Before it is cut: what is elsewhere is not known of a part.
     whole = whole_of(model) if degrees.pp > 1 else None
     by_tokens = config.parallel.sequence_parallel and degrees.tp > 1
-    here = _divided(model, world, part=part, low=low, by_tokens=by_tokens)
+    divided = _divided(model, world, part=part, low=low, by_tokens=by_tokens)
     model.world = _generating(world)
     # From here on processes draw for tokens, or layers, of their own.
     at = world.coordinates
@@ -93,19 +93,19 @@ def parallelize(
     if index:
         torch.manual_seed(config.train.seed + index)
     pipeline = None
-    if here.stages is not None:
-        pipeline = Pipeline(model, here.stages, world)
-        if low and here.root is not None:
+    if divided.stages is not None:
+        pipeline = Pipeline(model, divided.stages, world)
+        if low and divided.root is not None:
             pipeline.stage.dtype = torch.bfloat16
     return ParallelLayout(
         model,
         world,
-        here.parts,
-        here.root,
+        divided.parts,
+        divided.root,
         low=low,
         pipeline=pipeline,
         whole_model=whole,
-        partial=here.partial,
+        partial=divided.partial,
     )
 
 
@@ -157,8 +157,8 @@ def _divided(
     elif stages is not None and not part:
         leave_out(model, stages, world)
     if adapters is not None:
-        if (held := names_held(stages, world)) is not None:
-            adapters.keep(model, held)
+        if (local_names := names_held(stages, world)) is not None:
+            adapters.keep(model, local_names)
         adapters.install(model)
     if degrees.cp > 1:
         model.sequences = Sequences(model, world)
@@ -169,8 +169,8 @@ def _divided(
             # What is gathered in fewer bits are the masters.
             model.to(torch.float32)
         sliced = _sliced(model, parts) if part else {}
-        kept = adapted_names(model)
-        root = divide(model, decoder.layers, world, low=low, sliced=sliced, whole=kept)
+        adapted = adapted_names(model)
+        root = divide(model, decoder.layers, world, low=low, sliced=sliced, whole=adapted)
     return _Divided(parts, stages, root, partial)
 
 

@@ -17,7 +17,7 @@ from quintet.parallel.faults import collective
 from quintet.tokenization import PreTrainedTokenizer
 from quintet.training import checkpoints
 from quintet.training.building import build_tokenizer, computed, prepared
-from quintet.training.checkpoints import Kept, kept
+from quintet.training.checkpoints import SavedCheckpoint, saved_checkpoints
 from quintet.training.checks import check
 from quintet.training.config import TrainingConfig, TrainSettings
 from quintet.training.data import build_data
@@ -77,9 +77,9 @@ def train(
         if ranks.size > 1:
             # Who waits in vain for another says which one failed.
             stack.enter_context(collective())
-        told = report if report is not None and ranks.first else Silent()
+        reporter = report if report is not None and ranks.first else Silent()
         if (waits := idle_stages(config, ranks.degrees)) is not None:
-            told.warned(waits)
+            reporter.warned(waits)
         ranks.lead(lambda: stack.enter_context(_alone(folder)))
         stack.enter_context(_apart(config.train))
         if ranks.first:
@@ -88,24 +88,24 @@ def train(
         if start is not None:
             # Before anything is read: what is wrong is told in terms of settings.
             for line in check_same(start, {"settings": plain(config)}, resume):
-                told.warned(line)
+                reporter.warned(line)
         elif resume:
-            told.warned(f"{folder} holds no checkpoint to go on from: the training begins anew")
+            reporter.warned(f"{folder} holds no checkpoint to go on from: the training begins anew")
         tokenizer = build_tokenizer(config) if tokenizer is None else tokenizer
         part = None if model is not None else held(config, ranks)
         model, objective = prepared(config, tokenizer, model, start, part, beside(ranks))
-        encode = partial(build_data, vocab_size=model.config.vocab_size, tell=told.warned)
+        encode = partial(build_data, vocab_size=model.config.vocab_size, tell=reporter.warned)
         # Texts are encoded once; the others find them.
         data = ranks.in_turn(partial(encode, config.data, tokenizer))
         check(config, model, tokenizer, data, ranks.degrees)
         stack.enter_context(computed(model, config.train))
         layout = parallelize(model, config, ranks, part=part is not None)
-        both = Several(Metrics(config.report, told), told) if ranks.first else Silent()
+        both = Several(Metrics(config.report, reporter), reporter) if ranks.first else Silent()
         run = Run(config, folder, model, tokenizer, objective, data, both, ranks, layout)
         return stack.enter_context(run).whole(start, resume)
 
 
-def _start(ranks: Ranks, folder: Path, resume: Resume) -> Kept | None:
+def _start(ranks: Ranks, folder: Path, resume: Resume) -> SavedCheckpoint | None:
     """Return the checkpoint that all go on from, or None if they begin."""
 
     def found() -> str | None:
@@ -114,7 +114,9 @@ def _start(ranks: Ranks, folder: Path, resume: Resume) -> Kept | None:
 
     name = ranks.lead(found)
     # The first may have removed older ones meanwhile, but not this one.
-    return None if name is None else next(k for k in kept(folder) if k.path.name == name)
+    return (
+        None if name is None else next(k for k in saved_checkpoints(folder) if k.path.name == name)
+    )
 
 
 @contextmanager

@@ -62,17 +62,17 @@ def memory(
     layers = [layer for layer in every if any(True for _ in layer.parameters())]
     # A model without memory will have it in the host's.
     kernels = native.available() and model.device.type in ("cpu", "meta")
-    each = [_numbers(layer, model, kernels) for layer in layers]
+    per_layer = [_numbers(layer, model, kernels) for layer in layers]
     width = model.config.hidden_size
-    kept = sum(each)
+    stored = sum(per_layer)
     if recompute:
-        saved = [number for i, number in enumerate(each) if i % recompute]
-        kept = sum(saved) + max(each, default=0) + width * (len(each) - len(saved))
+        saved = [number for i, number in enumerate(per_layer) if i % recompute]
+        stored = sum(saved) + max(per_layer, default=0) + width * (len(per_layer) - len(saved))
     return Memory(
         weights=sum(x.nbytes for x in {id(x): x for x in tensors}.values()),
         gradients=sum(4 * p.numel() for p in parameters if p.requires_grad),
         optimizer=optimizer_bytes,
-        activations=round(tokens * (kept * size + 3 * width * 4)),
+        activations=round(tokens * (stored * size + 3 * width * 4)),
     )
 
 
@@ -80,16 +80,16 @@ def _numbers(layer: nn.Module, model: PreTrainedModel, kernels: bool) -> float:
     """Return how many numbers a layer keeps of one token."""
     active = vars(model.config).get("num_experts_per_tok") or 0
     linear, scan = kept_of_maps(kernels), kept_of_scans(kernels)
-    kept = 0.0
+    stored = 0.0
     for module in layer.modules():
         if isinstance(module, nn.Linear | QuantizedLinear):
-            kept += linear * (module.in_features + module.out_features)
+            stored += linear * (module.in_features + module.out_features)
         elif isinstance(module, Experts) and module.down_proj is not None:
             width, inner = module.down_proj.shape[1:]
-            kept += linear * active * expert_numbers(width, inner)
+            stored += linear * active * expert_numbers(width, inner)
         elif isinstance(module, QuantizedExperts):
             inner, width = module.matrices["gate_up_proj"][0]
-            kept += linear * active * expert_numbers(width, inner)
+            stored += linear * active * expert_numbers(width, inner)
         elif isinstance(module, Mamba2):
-            kept += scan * module.in_sizes[0]
-    return kept
+            stored += scan * module.in_sizes[0]
+    return stored

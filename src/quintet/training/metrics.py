@@ -82,21 +82,21 @@ class _Lines:
             with self.path.open("r+b") as file:
                 end = 0
                 for line in file:
-                    told = _parsed(line)
-                    if told is None or told.get("step", 0) > step:
+                    record = _parsed(line)
+                    if record is None or record.get("step", 0) > step:
                         file.truncate(end)
                         break
                     end += len(line)
         except FileNotFoundError:
             return
 
-    def write(self, told: Mapping[str, Any]) -> None:
+    def write(self, record: Mapping[str, Any]) -> None:
         """Add a line; a disk that is full leaves the file as it was.
 
         Raises:
             OSError: it cannot be written.
         """
-        line = (json.dumps(_finite(told), ensure_ascii=False) + "\n").encode()
+        line = (json.dumps(_finite(record), ensure_ascii=False) + "\n").encode()
         handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         try:
             end = os.fstat(handle).st_size
@@ -120,7 +120,7 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
     return value if is_line else None
 
 
-def _is_told(value: Mapping[str, Any]) -> bool:
+def _is_record(value: Mapping[str, Any]) -> bool:
     """Tell whether a line has an event, with numbers where a run writes numbers."""
     event = value.get("event")
     if event in ("step", "evaluation") and not ("step" in value and "tokens" in value):
@@ -158,8 +158,8 @@ class Metrics:
     come again when there is room.
     """
 
-    def __init__(self, settings: ReportSettings, told: Reporter) -> None:
-        self.settings, self._told = settings, told
+    def __init__(self, settings: ReportSettings, reporter: Reporter) -> None:
+        self.settings, self._reporter = settings, reporter
         self._metrics: _Lines | None = None
         self._samples: _Lines | None = None
         self._usage: Usage | None = None
@@ -202,17 +202,17 @@ class Metrics:
         """Write a step, where its turn has come."""
         if record.step % self.settings.every and record.skipped is None and record.done < 1:
             return
-        told = {"event": "step", **asdict(record)}
-        told["tokens_per_second"] = record.tokens_per_second
+        line = {"event": "step", **asdict(record)}
+        line["tokens_per_second"] = record.tokens_per_second
         if self._usage is not None:
-            told["flops"] = self._usage.flops(record)
-            told["mfu"] = self._usage.mfu(record)
-        self._write(self._metrics, told)
+            line["flops"] = self._usage.flops(record)
+            line["mfu"] = self._usage.mfu(record)
+        self._write(self._metrics, line)
 
     def evaluated(self, evaluation: Evaluation) -> None:
         """Write what was measured."""
-        told = {"event": "evaluation", **asdict(evaluation), "perplexity": evaluation.perplexity}
-        self._write(self._metrics, told)
+        line = {"event": "evaluation", **asdict(evaluation), "perplexity": evaluation.perplexity}
+        self._write(self._metrics, line)
 
     def sampled(self, sample: Sample) -> None:
         """Write what the model wrote, into a file of its own."""
@@ -230,15 +230,15 @@ class Metrics:
         """Write how it ended."""
         self._write(self._metrics, {"event": "end", **asdict(end)})
 
-    def _write(self, lines: _Lines | None, told: Mapping[str, Any]) -> None:
+    def _write(self, lines: _Lines | None, line: Mapping[str, Any]) -> None:
         if lines is None:
             return
         try:
-            lines.write(told)
+            lines.write(line)
         except OSError as error:
             if not self._failed:
                 self._failed = True
-                self._told.warned(
+                self._reporter.warned(
                     f"{lines.path} cannot be written ({error.strerror or error}); the training "
                     "goes on without"
                 )
@@ -254,13 +254,13 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
         CheckpointError: a line is none of a run's metrics.
     """
     path = run / METRICS if run.is_dir() else run
-    told: list[dict[str, Any]] = []
+    records: list[dict[str, Any]] = []
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 value = _parsed(line) if len(line) <= LONGEST else None
-                if value is not None and _is_told(value):
-                    told.append(value)
+                if value is not None and _is_record(value):
+                    records.append(value)
                 elif line.endswith(b"\n"):
                     raise CheckpointError(
                         f"{path}, line {number}: {shown(line[:80])} is no line of metrics"
@@ -272,4 +272,4 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
         ) from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-    return told
+    return records

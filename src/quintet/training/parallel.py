@@ -75,11 +75,11 @@ class ParallelSettings:
             if name != "ep" and value != "auto":
                 taken *= value
         if size % taken or (not automatic and size != taken):
-            told = " · ".join(f"{n}={v}" for n, v in given.items() if n != "ep" and v != 1)
+            product = " · ".join(f"{n}={v}" for n, v in given.items() if n != "ep" and v != 1)
             raise SettingError(
                 "",
-                f" {told} cannot be {size} processes; start {taken} of them, or a multiple where "
-                "one axis is auto: torchrun --nproc-per-node "
+                f" {product} cannot be {size} processes; start {taken} of them, or a multiple "
+                "where one axis is auto: torchrun --nproc-per-node "
                 f"{taken} -m quintet train CONFIG",
             )
         return Degrees(**{**given, **dict.fromkeys(automatic, size // taken)})

@@ -45,7 +45,7 @@ def planned(
     check(config, model, tokenizer, data, config.parallel.given())
     parts = list(data.parts(Progress(0, 0, 0.0), config.train.parts))
     with build_optimizers(model, config.optimizer) as optimizers:
-        held = sum(tensor.nbytes for tensor in optimizers.tensors().values())
+        nbytes = sum(tensor.nbytes for tensor in optimizers.tensors().values())
         return Beginning(
             folder=Path(config.train.folder),
             model=model,
@@ -57,7 +57,7 @@ def planned(
             context=parts[0].input_ids.shape[1],
             documents=data.documents,
             data_tokens=data.tokens,
-            optimizer_bytes=held,
+            optimizer_bytes=nbytes,
             settings=plain(config),
         )
 

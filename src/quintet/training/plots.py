@@ -38,8 +38,8 @@ def plot_png(folders: Sequence[Path], path: Path, axis: Axis = "tokens") -> None
         raise MissingDependencyError(
             "a plot needs matplotlib; install it with pip install 'quintet[train]'"
         ) from error
-    told = runs(folders)
-    found = panels(told, axis)
+    metrics = runs(folders)
+    found = panels(metrics, axis)
     if not found:
         raise InputError(NOTHING)
     columns = min(3, len(found))
@@ -50,7 +50,7 @@ def plot_png(folders: Sequence[Path], path: Path, axis: Axis = "tokens") -> None
         axes.set_visible(False)
     for axes, panel in zip(grid, found, strict=False):
         # One run has its colours by what it tells, several each their own.
-        by_run = len(told) > 1
+        by_run = len(metrics) > 1
         for number, curve in enumerate(panel.curves):
             colour = f"C{(curve.run if by_run else number) % 10}"
             marker = "o" if len(curve.x) < 30 else None
@@ -64,8 +64,8 @@ def plot_png(folders: Sequence[Path], path: Path, axis: Axis = "tokens") -> None
         axes.grid(alpha=0.3)
         if len(panel.curves) > 1 or by_run:
             axes.legend(fontsize=7)
-    if len(told) == 1:
-        figure.suptitle(next(iter(told)), fontsize=11)
+    if len(metrics) == 1:
+        figure.suptitle(next(iter(metrics)), fontsize=11)
     written = io.BytesIO()
     figure.savefig(written, format="png", dpi=110)
     write_bytes(path, written.getvalue())
@@ -108,8 +108,8 @@ def _drawn(figure: Any, panel: Panel, axis: Axis, width: int, colours: bool) -> 
     last = max(curve.x[-1] for curve in shown)
     unit = next((size for size in UNITS if last >= size), 1.0)
     for curve in shown:
-        each = -(-len(curve.x) // (2 * width))
-        x, y = [value / unit for value in curve.x[::each]], curve.y[::each]
+        stride = -(-len(curve.x) // (2 * width))
+        x, y = [value / unit for value in curve.x[::stride]], curve.y[::stride]
         if panel.logarithmic:
             y = [math.log10(max(value, 1e-30)) for value in y]
         signal = figure.signal(x, y, marker="braille" if len(x) > 1 else "dot")

@@ -168,8 +168,8 @@ class Several:
         return dict(zip(numbers, self._sum(values, axes).tolist(), strict=True))
 
     def _sum(self, tensor: Tensor, axes: Sequence[str]) -> Tensor:
-        there = tensor.to(self.world.device, copy=True)
-        return add_up(there, self.world, axes).to(tensor.device)
+        copy = tensor.to(self.world.device, copy=True)
+        return add_up(copy, self.world, axes).to(tensor.device)
 
     def most(self, numbers: Sequence[float]) -> list[float]:
         """Return the largest that any process says, of each number."""
@@ -180,26 +180,26 @@ class Several:
 
     def lead(self, act: Callable[[], T]) -> T:
         """Return what the first process makes of an act that has plain values, as JSON has them."""
-        made: Any = None
+        result: Any = None
         failed: QuintetError | None = None
         if self.first:
             try:
-                made = act()
+                result = act()
             except QuintetError as error:
                 failed = error
-        told = self._told({"value": made} if failed is None else _written(failed))
+        message = self._broadcast({"value": result} if failed is None else _written(failed))
         if failed is not None:
             raise failed
-        if "error" in told:
-            raise _read(told)
-        return told["value"]  # type: ignore[no-any-return]
+        if "error" in message:
+            raise _read(message)
+        return message["value"]  # type: ignore[no-any-return]
 
     def in_turn(self, act: Callable[[], T]) -> T:
         """Run an act that leaves something behind in the first process, and then in the others."""
-        made: list[T] = []
+        results: list[T] = []
         # What is told of it is that it is done.
-        self.lead(lambda: made.append(act()))
-        return made[0] if made else act()
+        self.lead(lambda: results.append(act()))
+        return results[0] if results else act()
 
     def collected(self, value: Any) -> list[Any]:
         """Return the values of all processes, as JSON has them."""
@@ -211,7 +211,7 @@ class Several:
         dist.all_gather(texts, torch.cat([own, own.new_zeros(most - len(own))]))
         return [_value(text[: int(n)]) for text, n in zip(texts, sizes, strict=True)]
 
-    def _told(self, value: Any) -> Any:
+    def _broadcast(self, value: Any) -> Any:
         """Return what the first process says."""
         own = _bytes(value).to(self.world.device)
         size = torch.tensor([len(own)], device=own.device, dtype=torch.long)
@@ -239,8 +239,8 @@ def _written(error: QuintetError) -> dict[str, str]:
     return {"error": kinds[0] if kinds else "QuintetError", "text": str(error)}
 
 
-def _read(told: Mapping[str, str]) -> QuintetError:
-    kind = vars(errors)[told["error"]]
-    made: QuintetError = kind.__new__(kind, told["text"])
-    Exception.__init__(made, told["text"])
-    return made
+def _read(message: Mapping[str, str]) -> QuintetError:
+    kind = vars(errors)[message["error"]]
+    error: QuintetError = kind.__new__(kind, message["text"])
+    Exception.__init__(error, message["text"])
+    return error

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 
 from quintet.errors import CheckpointError, InputError, shown
-from quintet.training.checkpoints import Kept, kept
+from quintet.training.checkpoints import SavedCheckpoint, saved_checkpoints
 
 # Of what a checkpoint holds to go on from; it changes with that.
 FORMAT = 1
@@ -24,7 +24,7 @@ FREE = (
 BUDGETS = ("train.steps", "train.tokens", "train.minutes")
 
 
-def start_of(run: Path, resume: Resume) -> Kept | None:
+def start_of(run: Path, resume: Resume) -> SavedCheckpoint | None:
     """Return the checkpoint that a run goes on from, or None if it begins.
 
     Raises:
@@ -32,7 +32,7 @@ def start_of(run: Path, resume: Resume) -> Kept | None:
     """
     if resume not in (True, False, "changed"):
         raise InputError(f'resume={resume!r} has to be True, False or "changed"')
-    found = kept(run)
+    found = saved_checkpoints(run)
     if found and not resume:
         raise InputError(
             f"{run} holds a run of {found[-1].step} steps; go on with it by resume=True "
@@ -42,7 +42,7 @@ def start_of(run: Path, resume: Resume) -> Kept | None:
     return found[-1] if found else None
 
 
-def check_same(start: Kept, now: Mapping[str, Any], resume: Resume) -> list[str]:
+def check_same(start: SavedCheckpoint, now: Mapping[str, Any], resume: Resume) -> list[str]:
     """Compare what a run is a function of with what it was; return what differs, if it may.
 
     Args:
@@ -65,7 +65,7 @@ def check_same(start: Kept, now: Mapping[str, Any], resume: Resume) -> list[str]
     return differ
 
 
-def check_format(start: Kept) -> None:
+def check_format(start: SavedCheckpoint) -> None:
     """Check that a checkpoint holds what this version goes on from.
 
     Raises:
@@ -94,8 +94,8 @@ def differences(before: Any, after: Any, key: str) -> Iterator[str]:
     if name in FREE or before == after:
         return
     if isinstance(before, Mapping) and isinstance(after, Mapping):
-        for each in {**before, **after}:
-            yield from differences(before.get(each), after.get(each), f"{key}.{each}")
+        for item in {**before, **after}:
+            yield from differences(before.get(item), after.get(item), f"{key}.{item}")
     elif name not in BUDGETS or None in (before, after):
         was = "not there" if before is None else shown(before)
         yield f"{name} is {'not there' if after is None else shown(after)}, and was {was}"

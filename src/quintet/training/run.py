@@ -20,7 +20,7 @@ from quintet.tokenization import PreTrainedTokenizer
 from quintet.training import checkpoints
 from quintet.training.batch import Batch
 from quintet.training.building import expert_loads, token_dropping
-from quintet.training.checkpoints import Kept
+from quintet.training.checkpoints import SavedCheckpoint
 from quintet.training.config import TrainingConfig
 from quintet.training.data import Data
 from quintet.training.evaluation import evaluate, samples
@@ -79,7 +79,7 @@ class Run:
         self.unsaved: SaveError | None = None
         self._saved_at = time.monotonic()
 
-    def whole(self, start: Kept | None, resume: Resume) -> TrainingResult:
+    def whole(self, start: SavedCheckpoint | None, resume: Resume) -> TrainingResult:
         """Run all of it, from where it begins or goes on.
 
         Raises:
@@ -126,15 +126,15 @@ class Run:
 
     def _steps(self, stop: Stop) -> None:
         self.model.train()
-        asked = False
-        while self._done() < 1 and not asked:
+        stopping = False
+        while self._done() < 1 and not stopping:
             record = self._step()
             self.report.step(record)
             last = self._done() >= 1
-            asked, waited = self._agree(stop)
+            stopping, waited = self._agree(stop)
             due = last or self.config.evaluation.is_due(self.counters.step)
-            evaluation = self._evaluate() if due and not asked else None
-            if last or asked or waited or self._is_due(evaluation):
+            evaluation = self._evaluate() if due and not stopping else None
+            if last or stopping or waited or self._is_due(evaluation):
                 self._save(evaluation)
 
     def _agree(self, stop: Stop) -> tuple[bool, bool]:
@@ -323,7 +323,7 @@ class Run:
         low = self.config.optimizer.precision == "bfloat16"
         return str(torch.bfloat16 if low else self.model.dtype)
 
-    def _take_over(self, start: Kept, resume: Resume) -> None:
+    def _take_over(self, start: SavedCheckpoint, resume: Resume) -> None:
         """Go on from a checkpoint whose model is there already."""
         state = start.state
         check_format(start)
@@ -344,7 +344,7 @@ class Run:
     def _beginning(self) -> Beginning:
         train = self.config.train
         _, parts = self._read(self._progress())
-        held = self.optimizers.tensors().values()
+        tensors = self.optimizers.tensors().values()
         return Beginning(
             folder=self.folder,
             model=self.model,
@@ -357,13 +357,13 @@ class Run:
             context=self.data.context,
             documents=self.data.documents,
             data_tokens=self.data.tokens,
-            optimizer_bytes=sum(tensor.nbytes for tensor in held),
+            optimizer_bytes=sum(tensor.nbytes for tensor in tensors),
             settings=plain(self.config),
         )
 
     def _result(self) -> TrainingResult:
         assert self.path is not None
-        found = checkpoints.best(checkpoints.kept(self.folder))
+        found = checkpoints.best(checkpoints.saved_checkpoints(self.folder))
         return TrainingResult(
             model=self.model.eval(),
             tokenizer=self.tokenizer,

@@ -38,16 +38,16 @@ class SettingError(ConfigError):
 
     Attributes:
         key: which one, with the tables that it lies in.
-        told: its value, the rule and the remedy.
+        message: its value, the rule and the remedy.
         file: the file it comes from, if any.
     """
 
-    def __init__(self, key: str, told: str, file: str = "") -> None:
-        self.key, self.told, self.file = key, told, file
+    def __init__(self, key: str, message: str, file: str = "") -> None:
+        self.key, self.message, self.file = key, message, file
         tables, _, name = key.rpartition(".")
         place = f"{file}: " if file else ""
         table = f"[{tables}] " if tables else ""
-        super().__init__(f"{place}{table}{name}{told}")
+        super().__init__(f"{place}{table}{name}{message}")
 
     @classmethod
     def value(cls, key: str, value: object, rule: str) -> "SettingError":
@@ -57,7 +57,7 @@ class SettingError(ConfigError):
 
     def within(self, table: str) -> "SettingError":
         """Return the same, of a table that lies in another."""
-        return SettingError(f"{table}.{self.key}" if self.key else table, self.told, self.file)
+        return SettingError(f"{table}.{self.key}" if self.key else table, self.message, self.file)
 
 
 def key_of(field: Field[Any]) -> str:
@@ -140,7 +140,7 @@ def build(kind: type[T], values: Mapping[str, Any], *, file: str = "") -> T:
     except SettingError as refused:
         if refused.file or not file:
             raise
-        raise SettingError(refused.key, refused.told, file) from refused.__cause__
+        raise SettingError(refused.key, refused.message, file) from refused.__cause__
 
 
 def _dataclass(kind: type[Any], values: Mapping[str, Any]) -> Any:
@@ -190,7 +190,9 @@ def _value(kind: Any, value: Any) -> Any:
         if len(kinds) != len(value):
             raise _UnfitError(_described(kind))
         items = zip(kinds, value, strict=True)
-        return tuple(_item(each, number, item) for number, (each, item) in enumerate(items))
+        return tuple(
+            _item(item_kind, number, item) for number, (item_kind, item) in enumerate(items)
+        )
     if origin is Mapping:
         return {key: _item(args[1], key, item) for key, item in value.items()}
     if origin is Literal:
@@ -210,17 +212,17 @@ def _item(kind: Any, place: int | str, item: Any) -> Any:
 
 def _chosen(kind: Any, kinds: Sequence[Any], value: Any) -> Any:
     """Return the one of several kinds that a value is of."""
-    tables = [each for each in kinds if is_dataclass(each)]
+    tables = [option for option in kinds if is_dataclass(option)]
     if isinstance(value, Mapping) and len(tables) > 1:
-        by_name = {name: each for each in tables for name in _names(each)}
+        by_name = {name: option for option in tables for name in _names(option)}
         name = value.get("kind")
         if name is None:
             return tables[0]
         if isinstance(name, str) and name in by_name:
             return by_name[name]
         raise SettingError.value("kind", name, f"has to be one of {_quoted(by_name)}")
-    exact = [each for each in kinds if _fits(each, value, exactly=True)]
-    fitting = exact or [each for each in kinds if _fits(each, value)]
+    exact = [option for option in kinds if _fits(option, value, exactly=True)]
+    fitting = exact or [option for option in kinds if _fits(option, value)]
     if not fitting:
         raise _UnfitError(_described(kind))
     return fitting[0]
@@ -237,7 +239,7 @@ def _fits(kind: Any, value: Any, *, exactly: bool = False) -> bool:
     if origin is tuple:
         return isinstance(value, list | tuple)
     if origin is Literal:
-        return any(value == each and type(value) is type(each) for each in get_args(kind))
+        return any(value == literal and type(value) is type(literal) for literal in get_args(kind))
     if kind is int and not exactly:
         # 2e9 is a float to TOML, and a number of tokens to who writes it.
         return type(value) is int or (type(value) is float and value.is_integer())
@@ -250,8 +252,8 @@ def _described(kind: Any) -> str:
     """Say in words what a key may hold."""
     origin, args = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
-        told = [arg for arg in args if arg is not type(None) and _from_files(arg)]
-        return " or ".join(dict.fromkeys(map(_described, told)))
+        known = [arg for arg in args if arg is not type(None) and _from_files(arg)]
+        return " or ".join(dict.fromkeys(map(_described, known)))
     if origin is Literal:
         return f"one of {_quoted(args)}" if len(args) > 1 else _quoted(args)
     if origin is tuple:
@@ -283,9 +285,9 @@ def plain(value: Any) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
         value = {key_of(field): getattr(value, field.name) for field in fields(value)}
     if isinstance(value, Mapping):
-        return {key: _plain(key, each) for key, each in value.items() if each is not None}
+        return {key: _plain(key, item) for key, item in value.items() if item is not None}
     if isinstance(value, list | tuple):
-        return [_plain(str(number), each) for number, each in enumerate(value)]
+        return [_plain(str(number), item) for number, item in enumerate(value)]
     if value is not None and not isinstance(value, bool | int | float | str):
         raise SettingError(
             "", f" is a {named(value)}, which no file can hold; write it as a file would have it"
@@ -302,12 +304,14 @@ def _plain(key: str, value: Any) -> Any:
 
 def written(value: Any) -> str:
     """Write settings as TOML: each table under its name, what is inside of one in a line."""
-    held = plain(value)
-    lines = [f"{_key(key)} = {_written(each)}" for key, each in held.items() if not _is_table(each)]
-    for name, table in held.items():
+    table_of = plain(value)
+    lines = [
+        f"{_key(key)} = {_written(item)}" for key, item in table_of.items() if not _is_table(item)
+    ]
+    for name, table in table_of.items():
         if _is_table(table):
             lines += ["", f"[{_key(name)}]"]
-            lines += [f"{_key(key)} = {_written(each)}" for key, each in table.items()]
+            lines += [f"{_key(key)} = {_written(item)}" for key, item in table.items()]
     return "\n".join([*lines, ""]).lstrip("\n")
 
 
@@ -340,7 +344,7 @@ def _written(value: Any) -> str:
     if isinstance(value, str):
         return _text(value)
     if isinstance(value, Mapping):
-        inside = ", ".join(f"{_key(key)} = {_written(each)}" for key, each in value.items())
+        inside = ", ".join(f"{_key(key)} = {_written(item)}" for key, item in value.items())
         return f"{{ {inside} }}" if inside else "{}"
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_written, value))}]"

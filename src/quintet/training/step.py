@@ -70,13 +70,13 @@ def accumulate(
             objective = layout.run(looking)
     if not any(counts.values()):
         return Outcome(math.nan, skipped="no label of it counts")
-    made: list[tuple[str, Tensor]] = []
+    logged: list[tuple[str, Tensor]] = []
 
     def learned(batch: Batch) -> Tensor | None:
         with computing():
             whole, means = layout.run(partial(_part, model, objective, batch, at, counts))
-        told = means if whole is None else {LOSS: whole, **means}
-        made.extend((name, mean.detach()) for name, mean in told.items())
+        reported = means if whole is None else {LOSS: whole, **means}
+        logged.extend((name, mean.detach()) for name, mean in reported.items())
         return whole
 
     # Though it may not be finite: other processes wait for what passes backward.
@@ -84,11 +84,11 @@ def accumulate(
     layout.learn([partial(learned, batch) for batch in parts], sizes)
     # Of several processes, not all find the same terms.
     sums = dict.fromkeys((LOSS, *counts), 0.0)
-    there = dict.fromkeys(sums, 0.0)
-    for name, mean in made:
+    present = dict.fromkeys(sums, 0.0)
+    for name, mean in logged:
         sums[name] += mean.item()
-        there[name] = 1.0
-    totals = ranks.total({**sums, **{f"{name} there": one for name, one in there.items()}})
+        present[name] = 1.0
+    totals = ranks.total({**sums, **{f"{name} there": one for name, one in present.items()}})
     loss = totals[LOSS]
     found = {name: totals[name] for name in counts if totals[f"{name} there"]}
     finite = math.isfinite(loss)

@@ -32,8 +32,8 @@ def writing(
             shell = whole_of(known if isinstance(known, CausalLMHead) else model)
             for name, tensor in tensors.items():
                 path, _, leaf = name.rpartition(".")
-                held = nn.Parameter(tensor, requires_grad=False)
-                shell.get_submodule(path)._parameters[leaf] = held
+                parameter = nn.Parameter(tensor, requires_grad=False)
+                shell.get_submodule(path)._parameters[leaf] = parameter
             shell.save_adapter(folder)
             tokenizer.save_pretrained(folder)
 
@@ -58,18 +58,18 @@ def whole_state(model: CausalLMHead, layout: Layout, *, keep: bool) -> dict[str,
     def own() -> Iterator[tuple[str, Tensor]]:
         for name, tensor in state.items():
             if first[name] == name and layout.counts(name):
-                whole = layout.whole(name, layout.held(tensor.detach()))
+                whole = layout.whole(name, layout.local(tensor.detach()))
                 rounded = layout.rounds and isinstance(tensor, nn.Parameter)
                 yield name, whole.detach().to(torch.bfloat16 if rounded else whole.dtype)
 
-    made = {}
+    tensors = {}
     for name, whole in layout.collected(own()):
         if keep:
-            made[name] = whole.to("cpu")
+            tensors[name] = whole.to("cpu")
     if model.stage is not None:
         # Which names there are for what other layers have.
         first = _first_names(init_on_meta(type(model), model.config).state_dict(keep_vars=True))
-    return {name: made[of] for name, of in first.items() if of in made}
+    return {name: tensors[source] for name, source in first.items() if source in tensors}
 
 
 def _first_names(state: Mapping[str, Tensor]) -> dict[str, str]:
@@ -85,7 +85,7 @@ def whole_adapters(model: CausalLMHead, layout: Layout, *, keep: bool) -> dict[s
     def own() -> Iterator[tuple[str, Tensor]]:
         for name, parameter in model.named_parameters():
             if name in names and layout.counts(name):
-                yield name, layout.whole(name, layout.held(parameter.detach()))
+                yield name, layout.whole(name, layout.local(parameter.detach()))
 
     return {name: whole for name, whole in layout.collected(own()) if keep}
 

@@ -64,10 +64,10 @@ def parts(
     found = model.state_dict(keep_vars=True)
     assert found.keys() == wanted.keys()
     for key, tensor in found.items():
-        part = layout.held(tensor.detach())
+        part = layout.local(tensor.detach())
         assert not part.is_meta
         assert torch.equal(layout.whole(first(model, key), part).to(wanted[key]), wanted[key]), key
-    count = sum(layout.held(p.detach()).numel() for p in model.parameters())
+    count = sum(layout.local(p.detach()).numel() for p in model.parameters())
     of = sum(p.numel() for p in whole.parameters())
     assert count < 0.75 * of
     with torch.no_grad():

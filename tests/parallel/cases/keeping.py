@@ -12,7 +12,7 @@ from torch import Tensor
 from quintet.cli.main import main
 from quintet.errors import RankFailedError
 from quintet.training import TrainingConfig, checkpoints, run, train
-from quintet.training.checkpoints import clean_up, kept
+from quintet.training.checkpoints import clean_up, saved_checkpoints
 from trainings import Heard
 
 # What a save asks of the system.
@@ -76,7 +76,7 @@ def dies_at_each_write(config: TrainingConfig) -> int:
             _, status = os.waitpid(child, 0)
             assert os.waitstatus_to_exitcode(status) == 9
             deaths += 1
-            there = {one.step for one in kept(folder)}
+            there = {one.step for one in saved_checkpoints(folder)}
             assert there in ({1}, {1, 2})
             assert contents(first) == before
             if 2 in there:

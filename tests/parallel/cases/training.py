@@ -344,6 +344,6 @@ def steps(name: str, degrees: dict[str, Any], count: int, optimizer: dict[str, A
             assert outcome.skipped is None
     whole = dict(models[0].named_parameters())
     for path, parameter in models[1].named_parameters():
-        made = layout.whole(path, layout.held(parameter.detach()))
+        made = layout.whole(path, layout.local(parameter.detach()))
         error = relative_error(made, whole[path].detach())
         assert error < 1e-4, f"{path}: {error}"

@@ -18,7 +18,7 @@ SAMPLE, TRIAL = 400, 64
 
 
 @dataclass(slots=True)
-class Asked:
+class RequestRecord:
     """The timeline of one request, in seconds of one clock.
 
     Attributes:
@@ -70,12 +70,12 @@ class Target:
 
     def body(self, prompt: Prompt, out: int) -> dict[str, Any]:
         """Return a streaming, greedy request for exactly `out` tokens."""
-        asked: Any = {"prompt": prompt}
+        content: Any = {"prompt": prompt}
         if self.endpoint == "chat":
-            asked = {"messages": [{"role": "user", "content": prompt}]}
+            content = {"messages": [{"role": "user", "content": prompt}]}
         fields = {
             "model": self.model,
-            **asked,
+            **content,
             "max_tokens": out,
             "min_tokens": out,
             "ignore_eos": True,
@@ -86,46 +86,46 @@ class Target:
         }
         return {name: value for name, value in fields.items() if value is not None}
 
-    async def ask(self, prompt: Prompt, out: int) -> Asked:
+    async def ask(self, prompt: Prompt, out: int) -> RequestRecord:
         """Ask for an answer of `out` tokens and listen to its end."""
-        asked = Asked(time.perf_counter())
-        await self.listen(asked, prompt, out)
-        return asked
+        record = RequestRecord(time.perf_counter())
+        await self.listen(record, prompt, out)
+        return record
 
     async def listen(
-        self, asked: Asked, prompt: Prompt, out: int, *, drop: int | None = None
+        self, record: RequestRecord, prompt: Prompt, out: int, *, drop: int | None = None
     ) -> None:
         """Ask, and note what becomes of it; hang up behind `drop` pieces, or when cancelled."""
         try:
             async with asyncio.timeout(self.timeout):
                 async with self.address.ask(PATHS[self.endpoint], self.body(prompt, out)) as reply:
-                    await _listen(reply, asked, drop)
+                    await _listen(reply, record, drop)
         except TimeoutError:
-            asked.error = f"no whole answer in {self.timeout:g} s"
+            record.error = f"no whole answer in {self.timeout:g} s"
         except asyncio.CancelledError:
-            asked.dropped = True
+            record.dropped = True
             raise
         except (OSError, ServingError) as error:
-            asked.error = f"{type(error).__name__}: {error}"
+            record.error = f"{type(error).__name__}: {error}"
         finally:
-            asked.ended = time.perf_counter()
-            if not asked.counted:
-                asked.completion = len(asked.came)
+            record.ended = time.perf_counter()
+            if not record.counted:
+                record.completion = len(record.came)
 
-    async def continued(self, answer: Asked) -> Prompt:
+    async def continued(self, answer: RequestRecord) -> Prompt:
         """Return an answer as a part of the next prompt."""
         if isinstance(self.material, Words):
             return answer.text
         return await _ids_of(self.address, self.model, answer.text) or []
 
 
-async def _listen(reply: Reply, asked: Asked, drop: int | None) -> None:
-    asked.status = reply.status
+async def _listen(reply: Reply, record: RequestRecord, drop: int | None) -> None:
+    record.status = reply.status
     if reply.status != 200:
-        asked.error = _error(reply.status, await reply.read())
+        record.error = _error(reply.status, await reply.read())
         return
     if drop == 0:
-        asked.dropped = True
+        record.dropped = True
         return
     finished = False
     async for data in reply.events():
@@ -134,25 +134,25 @@ async def _listen(reply: Reply, asked: Asked, drop: int | None) -> None:
             return
         event = _object(_parsed(data))
         if "error" in event:
-            asked.error = f"in the stream: {_object(event['error']).get('code')}"
+            record.error = f"in the stream: {_object(event['error']).get('code')}"
             return
         if usage := _object(event.get("usage")):
-            asked.prompt, asked.counted = _count(usage.get("prompt_tokens")), True
-            asked.completion = _count(usage.get("completion_tokens"))
+            record.prompt, record.counted = _count(usage.get("prompt_tokens")), True
+            record.completion = _count(usage.get("completion_tokens"))
             details = _object(usage.get("prompt_tokens_details"))
-            asked.cached = _count(details.get("cached_tokens"))
+            record.cached = _count(details.get("cached_tokens"))
         choices = event.get("choices")
         for choice in map(_object, choices if isinstance(choices, list) else ()):
             finished = finished or choice.get("finish_reason") is not None
             text = _text(choice)
-            if text or (finished and not asked.came):
-                asked.came.append(now)
-                asked.text += text
-        if drop is not None and len(asked.came) >= drop:
-            asked.dropped = True
+            if text or (finished and not record.came):
+                record.came.append(now)
+                record.text += text
+        if drop is not None and len(record.came) >= drop:
+            record.dropped = True
             return
     if not finished:
-        asked.error = "the stream ended before its end"
+        record.error = "the stream ended before its end"
 
 
 def _text(choice: dict[str, Any]) -> str:
@@ -249,11 +249,11 @@ async def find(
         )
     trial = await words.ask(Words().draw(TRIAL, dice), 1)
     _checked(words, trial)
-    each = trial.prompt / TRIAL if trial.counted and trial.prompt else 1.0
-    return Target(address, model, endpoint, Words(each), extra or {}, timeout)
+    per_word = trial.prompt / TRIAL if trial.counted and trial.prompt else 1.0
+    return Target(address, model, endpoint, Words(per_word), extra or {}, timeout)
 
 
-def _checked(target: Target, trial: Asked) -> Target:
+def _checked(target: Target, trial: RequestRecord) -> Target:
     if trial.error is not None:
         raise ServingError(
             f"{target.address.host}:{target.address.port} does not answer a first request of one "

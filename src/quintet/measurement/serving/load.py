@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from quintet.errors import InputError
-from quintet.measurement.serving.asking import Asked, Target
+from quintet.measurement.serving.asking import RequestRecord, Target
 from quintet.measurement.serving.workload import Prompt, Shape
 
 # Ports that a machine has.
@@ -66,7 +66,7 @@ class _Running:
     shape: Shape
     load: Load
     shared: Prompt
-    asked: list[Asked] = field(default_factory=list)
+    requests: list[RequestRecord] = field(default_factory=list)
 
     async def converse(self, number: int, due: float | None) -> None:
         """Have one conversation."""
@@ -76,18 +76,18 @@ class _Running:
         parts = [self.shared, material.draw(shape.own, dice)]
         for turn in range(shape.turns):
             drop = dice.randrange(shape.out) if dice.random() < shape.drops else None
-            one = Asked(time.perf_counter() if due is None else due)
-            self.asked.append(one)
+            one = RequestRecord(time.perf_counter() if due is None else due)
+            self.requests.append(one)
             await self.target.listen(one, material.join(parts), shape.out, drop=drop)
             due = None
             if one.error is not None or one.dropped or turn + 1 == shape.turns:
                 return
             answer = await self.target.continued(one)
-            said = len(answer) if isinstance(answer, list) else one.completion
-            parts += [answer, material.draw(max(1, shape.grows - said), dice)]
+            length = len(answer) if isinstance(answer, list) else one.completion
+            parts += [answer, material.draw(max(1, shape.grows - length), dice)]
 
 
-async def run(target: Target, shape: Shape, load: Load, *, warm: int = 1) -> list[Asked]:
+async def run(target: Target, shape: Shape, load: Load, *, warm: int = 1) -> list[RequestRecord]:
     """Ask as a load says, and return what became of each request.
 
     Args:
@@ -105,7 +105,7 @@ async def run(target: Target, shape: Shape, load: Load, *, warm: int = 1) -> lis
     with suppress(TimeoutError):
         async with asyncio.timeout(load.seconds if load.cut else None):
             await (_open(running, dice) if load.rate is not None else _closed(running))
-    return running.asked
+    return running.requests
 
 
 def _begun(load: Load) -> Iterator[int]:

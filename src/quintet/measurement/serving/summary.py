@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from quintet.errors import InputError, shown
-from quintet.measurement.serving.asking import Asked
+from quintet.measurement.serving.asking import RequestRecord
 
 PERCENTILES = (50, 90, 95, 99)
 
@@ -51,30 +51,30 @@ class Goals:
         return all(most is None or one.get(name, 0.0) <= most / 1e3 for name, most in wanted)
 
 
-def summary(asked: Sequence[Asked], goals: Goals | None = None) -> dict[str, Any]:
+def summary(requests: Sequence[RequestRecord], goals: Goals | None = None) -> dict[str, Any]:
     """Summarise requests, in seconds and tokens, as JSON values."""
-    whole = [one for one in asked if one.error is None and not one.dropped]
-    failed = [one for one in asked if one.error is not None]
-    began = min((one.due for one in asked), default=0.0)
-    seconds = max((one.ended for one in asked), default=0.0) - began
+    whole = [one for one in requests if one.error is None and not one.dropped]
+    failed = [one for one in requests if one.error is not None]
+    began = min((one.due for one in requests), default=0.0)
+    seconds = max((one.ended for one in requests), default=0.0) - began
     times = [_times(one) for one in whole]
     # What came before a client went came as soon as it came.
-    heard = [one for one in asked if one.error is None and one.came]
-    gaps = [after - before for one in heard for before, after in pairwise(one.came)]
+    answered = [one for one in requests if one.error is None and one.came]
+    gaps = [after - before for one in answered for before, after in pairwise(one.came)]
     tokens = {
         "prompt": sum(one.prompt for one in whole),
         "cached": sum(one.cached for one in whole),
-        "completion": sum(one.completion for one in asked),
+        "completion": sum(one.completion for one in requests),
     }
     found: dict[str, Any] = {
         "seconds": seconds,
         "requests": {
-            "all": len(asked),
+            "all": len(requests),
             "answered": len(whole),
-            "dropped": sum(one.dropped for one in asked),
+            "dropped": sum(one.dropped for one in requests),
             "failed": len(failed),
         },
-        "statuses": {str(k): v for k, v in Counter(one.status for one in asked).items()},
+        "statuses": {str(k): v for k, v in Counter(one.status for one in requests).items()},
         "errors": dict(Counter(one.error for one in failed).most_common(10)),
         "tokens": tokens,
         "tokens_counted_by": "server" if all(one.counted for one in whole) else "pieces",
@@ -84,7 +84,7 @@ def summary(asked: Sequence[Asked], goals: Goals | None = None) -> dict[str, Any
             "completion_tokens": _rate(tokens["completion"], seconds),
         },
     }
-    found["ttft"] = _spread([one.came[0] - one.due for one in heard])
+    found["ttft"] = _spread([one.came[0] - one.due for one in answered])
     for name in ("tpot", "e2e"):
         found[name] = _spread([one[name] for one in times if name in one])
     found["itl"] = _spread(gaps)
@@ -92,13 +92,13 @@ def summary(asked: Sequence[Asked], goals: Goals | None = None) -> dict[str, Any
         good = sum(map(goals.met, times))
         found["good"] = {
             "requests": good,
-            "share": good / len(asked) if asked else 0.0,
+            "share": good / len(requests) if requests else 0.0,
             "per_second": _rate(good, seconds),
         }
     return found
 
 
-def _times(one: Asked) -> dict[str, float]:
+def _times(one: RequestRecord) -> dict[str, float]:
     found = {"e2e": one.ended - one.due}
     if one.came:
         found["ttft"] = one.came[0] - one.due
@@ -151,10 +151,10 @@ def lines(result: Mapping[str, Any]) -> Iterator[str]:
         f"{requests['answered']} of {requests['all']} requests answered in "
         f"{result['seconds']:.1f} s{f' ({ends})' if ends else ''}"
     )
-    by = "" if result["tokens_counted_by"] == "server" else " (counted in pieces)"
+    counted_by = "" if result["tokens_counted_by"] == "server" else " (counted in pieces)"
     yield (
-        f"{rates['completion_tokens']:,.1f} tok/s out{by}, {rates['prompt_tokens']:,.1f} tok/s in, "
-        f"{rates['requests']:.2f} requests/s"
+        f"{rates['completion_tokens']:,.1f} tok/s out{counted_by}, {rates['prompt_tokens']:,.1f} "
+        f"tok/s in, {rates['requests']:.2f} requests/s"
     )
     if tokens["prompt"]:
         yield (

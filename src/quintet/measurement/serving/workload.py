@@ -100,15 +100,15 @@ class Words:
     """Prompts of plain words, for servers that take no ids.
 
     Attributes:
-        each: how many tokens a word is, in the mean.
+        per_word: how many tokens a word is, in the mean.
     """
 
-    each: float = 1.0
+    per_word: float = 1.0
 
     def draw(self, tokens: int, dice: random.Random) -> Prompt:
         """Return about so many tokens of words."""
         return "".join(
-            f" {word}" for word in dice.choices(WORDS, k=max(1, round(tokens / self.each)))
+            f" {word}" for word in dice.choices(WORDS, k=max(1, round(tokens / self.per_word)))
         )
 
     def join(self, parts: Sequence[Prompt]) -> Prompt:

@@ -71,7 +71,7 @@ class DeviceLimitedBalance:
         Raises:
             InputError: the experts cannot be divided among so many devices.
         """
-        layers = [self._layer(s, i, routing) for s, i in routing.each()]
+        layers = [self._layer(s, i, routing) for s, i in routing.per_layer()]
         totals = dict(zip(NAMES, torch.stack(layers).sum(dim=0), strict=True))
         return {
             name: Term(totals[name], routing.count, weight.at(at))

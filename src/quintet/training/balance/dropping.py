@@ -97,14 +97,14 @@ class TokenDropping:
         rows = torch.arange(B, dtype=torch.long, device=ids.device)[:, None].expand(B, T)
         numbers = rows if texts is None else rows * T + texts.index
         if texts is None and mask is not None and mask.ndim == 2:
-            kept = mask[:, -T:].to(torch.bool)
+            real = mask[:, -T:].to(torch.bool)
             # A batch of nothing but padding is run as it is.
-            if bool(kept.any()):
-                return chosen_by_content(ids[kept], numbers[kept], self.exempt)
+            if bool(real.any()):
+                return chosen_by_content(ids[real], numbers[real], self.exempt)
         return chosen_by_content(ids.flatten(), numbers.flatten(), self.exempt)
 
     @torch.no_grad()
-    def _kept(self, router: ExpertRouter, logits: Tensor, indices: Tensor) -> Tensor:
+    def _keep_mask(self, router: ExpertRouter, logits: Tensor, indices: Tensor) -> Tensor:
         spared = self._spared
         if spared is None or len(spared) != len(indices):
             raise InputError(
@@ -127,10 +127,10 @@ class TokenDropping:
             return None
         logits, weights, indices = output
         if len(args) > 1:
-            kept = args[1].replay(lambda: self._kept(router, logits, indices))
+            mask = args[1].replay(lambda: self._keep_mask(router, logits, indices))
         else:
-            kept = self._kept(router, logits, indices)
-        return logits, weights * kept, indices
+            mask = self._keep_mask(router, logits, indices)
+        return logits, weights * mask, indices
 
 
 def beyond_budget(

@@ -61,7 +61,7 @@ class Routing:
         """Return the sum over all tokens of the batch, of what nothing is learned from."""
         return own if self.chunks is None else self.chunks.summed(own)
 
-    def each(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def per_layer(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield of each layer the affinities (N, E) and the experts chosen (N, A)."""
         for layer in self.layers:
             scores = layer.affinities()
@@ -125,14 +125,14 @@ def texts_of(batch: Batch) -> tuple[Tensor, int]:
         index = torch.zeros_like(batch.input_ids)
     texts = documents_of(index)
     number = torch.zeros_like(index) if texts is None else texts.index
-    kept = batch.attention_mask
-    kept = torch.ones_like(number) if kept is None else kept
-    kept = kept.to(torch.bool)
+    mask = batch.attention_mask
+    mask = torch.ones_like(number) if mask is None else mask
+    mask = mask.to(torch.bool)
     columns = number.shape[1]
     keys = (
         number
         + columns * torch.arange(len(number), dtype=number.dtype, device=number.device)[:, None]
     )
-    found, places = torch.unique(keys[kept], return_inverse=True)
-    numbers = torch.full_like(number, -1).masked_scatter(kept, places)
+    found, places = torch.unique(keys[mask], return_inverse=True)
+    numbers = torch.full_like(number, -1).masked_scatter(mask, places)
     return numbers, len(found)

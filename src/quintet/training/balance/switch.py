@@ -85,7 +85,7 @@ class SwitchBalance:
     def _auxiliary(self, routing: Routing, texts: Tensor, n: int) -> Tensor:
         """Return the loss of each of n texts times its tokens, (n,)."""
         chosen, probable = [], []
-        for scores, indices in routing.each():
+        for scores, indices in routing.per_layer():
             hits = torch.zeros_like(scores).scatter(1, indices, 1.0)
             chosen.append(sum_by_text(hits, texts, n))
             probable.append(sum_by_text(scores / scores.sum(dim=-1, keepdim=True), texts, n))

@@ -54,13 +54,15 @@ class _Answering:
         """Return the prompt of a record and an answer to it."""
         prompt, answer = field_of(record, self._fields.prompt), field_of(record, name)
         if isinstance(prompt, str) and isinstance(answer, str):
-            asked, said = self._text.encode(
+            prompt_ids, answer_ids = self._text.encode(
                 [text_of(record, self._fields.prompt), text_of(record, name)]
             )
-            asked = [*self._text.begin, *asked]
-            said = [*said, *self._text.end]
+            prompt_ids = [*self._text.begin, *prompt_ids]
+            answer_ids = [*answer_ids, *self._text.end]
             whole = self._settings.train_on == "all"
-            return Encoded([*asked, *said], [int(whole)] * len(asked) + [1] * len(said))
+            return Encoded(
+                [*prompt_ids, *answer_ids], [int(whole)] * len(prompt_ids) + [1] * len(answer_ids)
+            )
         if isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}]
         if isinstance(answer, str):
@@ -70,9 +72,9 @@ class _Answering:
                 "neither text nor messages",
                 f"{shown(self._fields.prompt)} and {shown(name)} have to be one of these",
             )
-        return self._said([*prompt, *answer], record, len(prompt))
+        return self._conversation([*prompt, *answer], record, len(prompt))
 
-    def _said(self, messages: list[Any], record: Mapping[str, Any], first: int) -> Encoded:
+    def _conversation(self, messages: list[Any], record: Mapping[str, Any], first: int) -> Encoded:
         """Return a conversation, what is said first in it being none of what is learned."""
         if self._chat is None:
             self._chat = ChatEncoder(self._tokenizer, self._settings)
@@ -92,8 +94,8 @@ class Completions(_Answering):
         """
         fields = self._fields
         document = self._answered(record, fields.completion)
-        said = [record[fields.prompt], record[fields.completion], record.get(fields.tools)]
-        return Sample((document,), 0, hash_of(said))
+        content = [record[fields.prompt], record[fields.completion], record.get(fields.tools)]
+        return Sample((document,), 0, hash_of(content))
 
 
 class Pairs(_Answering):
@@ -117,11 +119,14 @@ class Pairs(_Answering):
         elif isinstance(better, list) and isinstance(worse, list):
             alike = [one == other for one, other in zip(better, worse, strict=False)]
             first = (*alike, False).index(False)
-            documents = self._said(better, record, first), self._said(worse, record, first)
+            documents = (
+                self._conversation(better, record, first),
+                self._conversation(worse, record, first),
+            )
         else:
             documents = self._alone(record, fields.chosen), self._alone(record, fields.rejected)
-        said = [record.get(fields.prompt), better, worse, record.get(fields.tools)]
-        return Sample(documents, 0, hash_of(said))
+        content = [record.get(fields.prompt), better, worse, record.get(fields.tools)]
+        return Sample(documents, 0, hash_of(content))
 
     def _alone(self, record: Mapping[str, Any], name: str) -> Encoded:
         [ids] = self._text.encode([text_of(record, name)])

@@ -124,10 +124,10 @@ def _held_out(
     stores: Sequence[Store], apart: Sequence[Store], settings: DataSettings
 ) -> list[tuple[Store, int]]:
     """Return the documents to measure by; of pairs the preferred ones."""
-    held = [(store, lots_of(store) < settings.held_out) for store in stores]
-    held += [(store, np.ones(len(store), np.bool_)) for store in apart]
+    selected = [(store, lots_of(store) < settings.held_out) for store in stores]
+    selected += [(store, np.ones(len(store), np.bool_)) for store in apart]
     found = []
-    for store, chosen in held:
+    for store, chosen in selected:
         chosen[1::2] &= store.kind != "pairs"
         found += [(store, int(number)) for number in np.flatnonzero(chosen)]
     return found
@@ -138,7 +138,7 @@ def _digest(
 ) -> str:
     """Return what changes with the rows of any step; where files lie is no part of it."""
     elsewhere = ("sources", "held_out_sources", "cache", "on_bad")
-    asked = {k: v for k, v in asdict(settings).items() if k not in elsewhere}
+    options = {k: v for k, v in asdict(settings).items() if k not in elsewhere}
     changing = [[weight.at(Progress(0, 0, i / 64)) for i in range(65)] for weight in weights]
-    told = json.dumps([asked, packing, changing, [store.digest for store in stores]])
-    return hashlib.sha256(told.encode()).hexdigest()
+    text = json.dumps([options, packing, changing, [store.digest for store in stores]])
+    return hashlib.sha256(text.encode()).hexdigest()

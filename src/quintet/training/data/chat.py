@@ -44,9 +44,9 @@ class ChatEncoder:
         used = tokenizer.chat_template_variables(self._template)
         for name in settings.template:
             if name not in used - _GIVEN:
-                asked = ", ".join(sorted(used - _GIVEN)) or "nothing"
+                known = ", ".join(sorted(used - _GIVEN)) or "nothing"
                 raise SettingError(
-                    f"template.{name}", f": the chat template does not ask for it, but for {asked}"
+                    f"template.{name}", f": the chat template does not ask for it, but for {known}"
                 )
         self._switches: dict[str, Any] = dict(settings.template)
         self._format = format_of(tokenizer)
@@ -69,16 +69,16 @@ class ChatEncoder:
         Raises:
             Bad: it is no conversation, or nothing in it can be learned.
         """
-        said, told, template = self._checked(messages, tools)
+        checked, checked_tools, template = self._checked(messages, tools)
         try:
-            cut = any(THOUGHT in message for message in said)
+            cut = any(THOUGHT in message for message in checked)
             if _MARKED.search(template) and not cut:
-                return [self._by_marks(said, told, template, first)]
-            texts = self._written(said, told, template, first)
+                return [self._by_marks(checked, checked_tools, template, first)]
+            texts = self._written(checked, checked_tools, template, first)
             if once:
                 texts = texts[-1:]
             return [
-                self._ids(said, told, template, first, text, place - len(texts))
+                self._ids(checked, checked_tools, template, first, text, place - len(texts))
                 for place, text in enumerate(texts)
             ]
         except (ChatTemplateError, InputError) as error:
@@ -92,16 +92,16 @@ class ChatEncoder:
         """
         template = self._template
         try:
-            said = plain_messages(messages, "messages")
-            for place, message in enumerate(said):
+            plain = plain_messages(messages, "messages")
+            for place, message in enumerate(plain):
                 if message["role"] not in ROLES:
                     raise Bad(
                         "a wrong role",
                         f"messages[{place}] is said by {shown(message['role'])}; there are "
                         f"{', '.join(ROLES)}",
                     )
-            said = [apart(message, template) for message in said]
-            said = prepare_messages(self._tokenizer, said)
+            plain = [apart(message, template) for message in plain]
+            plain = prepare_messages(self._tokenizer, plain)
             if tools:
                 tools = json.loads(tools) if isinstance(tools, str) else tools
                 template = self._tokenizer.get_chat_template(tools=[])
@@ -113,19 +113,19 @@ class ChatEncoder:
                     template = with_tools(template, self._format)
         except (ChatTemplateError, ValueError, RecursionError) as error:
             raise Bad("not a conversation", str(error)) from error
-        return said, tools or None, template
+        return plain, tools or None, template
 
     def _written(
         self, messages: Sequence[Message], tools: Any, template: str, first: int
     ) -> list[Written]:
         """Return what is written of a conversation, the whole of it last."""
 
-        def write(those: Sequence[Message], asks: bool) -> str:
+        def write(those: Sequence[Message], add_generation_prompt: bool) -> str:
             text: str = self._tokenizer.apply_chat_template(
                 list(those),
                 tools=tools,
                 chat_template=template,
-                add_generation_prompt=asks,
+                add_generation_prompt=add_generation_prompt,
                 tokenize=False,
                 **self._switches,
             )

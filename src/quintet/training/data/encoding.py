@@ -77,8 +77,10 @@ def store_of(
         reason, (_, first) = next(iter(store.left_out.items()))
         raise _refused(first, reason)
     if not len(store):
-        told = "; ".join(f"{reason}: {n}" for reason, (n, _) in store.left_out.items())
-        raise DataError(f"data: no sample is left to learn from ({told or 'the files are empty'})")
+        reasons = "; ".join(f"{reason}: {n}" for reason, (n, _) in store.left_out.items())
+        raise DataError(
+            f"data: no sample is left to learn from ({reasons or 'the files are empty'})"
+        )
     return store
 
 
@@ -115,8 +117,8 @@ def _key(sources: Sequence[_Source], settings: DataSettings, tokenizer: PreTrain
     ]
     how = (settings.end, settings.control_tokens, settings.train_on, dict(settings.template))
     files = [digest_of(source.files) for source in sources]
-    told = json.dumps([VERSION, files, read_by, how, tokenizer.to_files()])
-    return hashlib.sha256(told.encode()).hexdigest()
+    text = json.dumps([VERSION, files, read_by, how, tokenizer.to_files()])
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _refused(place: str, reason: str) -> DataError:

@@ -48,16 +48,16 @@ def files_of(source: SourceSettings, cache: Path) -> list[SourceFile]:
                 "and ** stands for any folders"
             )
         found.update(dict.fromkeys(paths))
-    kept = [p for p in found if not any(fnmatch.fnmatchcase(p, x) for x in source.exclude)]
-    if not kept:
+    included = [p for p in found if not any(fnmatch.fnmatchcase(p, x) for x in source.exclude)]
+    if not included:
         raise ConfigError(
             f"data: all {len(found)} files of {shown(list(source.paths))} are excluded by "
             f"{shown(list(source.exclude))}; leave some"
         )
-    return [SourceFile(Path(path), source.format or _told(path)) for path in kept]
+    return [SourceFile(Path(path), source.format or _format_of(path)) for path in included]
 
 
-def _told(path: str) -> Format:
+def _format_of(path: str) -> Format:
     kind = _format(path)
     if kind is None:
         raise ConfigError(
@@ -104,8 +104,8 @@ def digest_of(files: Sequence[SourceFile]) -> str:
     for file in files:
         try:
             about = file.path.stat()
-            told = [str(file.path.absolute()), about.st_size, about.st_mtime_ns, file.format]
-            digest.update(json.dumps(told).encode())
+            identity = [str(file.path.absolute()), about.st_size, about.st_mtime_ns, file.format]
+            digest.update(json.dumps(identity).encode())
             with file.path.open("rb") as content:
                 size = about.st_size
                 if size <= 2 * EDGE:

@@ -75,8 +75,10 @@ class Pool:
         self._starts = store.starts
         lengths = np.asarray(store.ends) - self._starts
         self.paired = store.kind == "pairs"
-        kept = (lots_of(store) >= settings.held_out) & (lengths > 0)
-        self._documents = np.flatnonzero(kept[::2]) * 2 if self.paired else np.flatnonzero(kept)
+        selected = (lots_of(store) >= settings.held_out) & (lengths > 0)
+        self._documents = (
+            np.flatnonzero(selected[::2]) * 2 if self.paired else np.flatnonzero(selected)
+        )
         if not len(self._documents):
             raise DataError(
                 f"data: none of the {len(store)} documents is left to learn from with "
@@ -145,20 +147,20 @@ class Pool:
     def _cut(self, long: NDArray[np.int64], context: int) -> list[NDArray[np.int64]]:
         """Return what is learned of documents that are longer than a row, and tell it."""
         first = self._store.place(int(self._documents[long[0]]))
-        told = f"{len(long)} of {self.documents} documents are longer than {context} tokens"
+        finding = f"{len(long)} of {self.documents} documents are longer than {context} tokens"
         if self._settings.too_long == "bad":
             raise DataError(
                 f"{first}: {int(self._lengths[long[0]])} tokens are more than data.context = "
-                f"{context} ({told}); make that larger, or set data.too_long = 'cut' or 'drop'"
+                f"{context} ({finding}); make that larger, or set data.too_long = 'cut' or 'drop'"
             )
         if self._settings.too_long == "drop":
-            self._tell(f"data: {told} and left out; the first is {first}")
+            self._tell(f"data: {finding} and left out; the first is {first}")
             return []
         parts = [self._parts(int(document), context) for document in long]
         found = [part for several in parts for part in several]
         tokens = int(self._lengths[long].sum()) - sum(stop - start for _, start, stop in found)
         lost = f"; {tokens:,} tokens are left out" if tokens else ""
-        self._tell(f"data: {told} and cut{lost}; the first is {first}")
+        self._tell(f"data: {finding} and cut{lost}; the first is {first}")
         return [np.array(found, np.int64).reshape(-1, 3)]
 
     def _parts(self, document: int, context: int) -> list[tuple[int, int, int]]:

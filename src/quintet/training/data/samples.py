@@ -93,14 +93,18 @@ def text_of(record: Mapping[str, Any], name: str) -> str:
     return text
 
 
-def hash_of(said: object) -> bytes:
+def hash_of(content: object) -> bytes:
     """Return the hash of a text, or of what JSON has.
 
     Raises:
         Bad: it holds half of a surrogate pair.
     """
     try:
-        text = said if isinstance(said, str) else json.dumps(said, ensure_ascii=False, default=str)
+        text = (
+            content
+            if isinstance(content, str)
+            else json.dumps(content, ensure_ascii=False, default=str)
+        )
         return hashlib.sha256(text.encode()).digest()
     except UnicodeEncodeError as error:
         raise Bad("not Unicode", f"half of a surrogate pair at character {error.start}") from error

@@ -138,8 +138,8 @@ class DataSettings:
             raise SettingError("sources", ": name at least one, with its paths")
         given = [k for k in ("batch_tokens", "batch_rows") if getattr(self, k) is not None]
         if len(given) != 1:
-            told = "both are set" if given else "neither is set"
-            raise SettingError("batch_tokens", f" and batch_rows: {told}; set one of them")
+            problem = "both are set" if given else "neither is set"
+            raise SettingError("batch_tokens", f" and batch_rows: {problem}; set one of them")
         weighted = [source.weight is not None for source in self.sources]
         if any(weighted) and not all(weighted):
             raise SettingError(

@@ -101,7 +101,7 @@ class Store:
             if about["version"] != VERSION:
                 return None
             n, tokens, kind = about["documents"], about["tokens"], about["dtype"]
-            columns = {name: _mapped(folder, name, of, n) for name, of in COLUMNS.items()}
+            columns = {name: _mapped(folder, name, dtype, n) for name, dtype in COLUMNS.items()}
             return cls(
                 ids=_mapped(folder, IDS, kind, tokens),
                 learned=_mapped(folder, LEARNED, "|u1", tokens) if about["masked"] else None,
@@ -150,7 +150,7 @@ class StoreWriter:
         self._length = 0
 
     def __enter__(self) -> Self:
-        with _told(self.folder):
+        with _write_errors(self.folder):
             self._new.mkdir(parents=True)
             self._tidy()
             names = [IDS, *COLUMNS, *([LEARNED] if self._masked else [])]
@@ -182,7 +182,7 @@ class StoreWriter:
             SaveError: the disk is full.
         """
         self._largest = max(self._largest, *ids) if ids else self._largest
-        with _told(self.folder):
+        with _write_errors(self.folder):
             self._put(IDS, np.array(ids, self._dtype))
             if self._masked:
                 ones = np.ones(len(ids), np.uint8)
@@ -195,7 +195,7 @@ class StoreWriter:
         Raises:
             SaveError: the disk is full.
         """
-        with _told(self.folder):
+        with _write_errors(self.folder):
             for name, size in ((IDS, self._dtype.itemsize), (LEARNED, 1)):
                 if name in self._open:
                     self._open[name].seek(self._tokens * size)
@@ -213,11 +213,11 @@ class StoreWriter:
         self._tokens += self._length
         self._documents += 1
         self._document, self._length = hashlib.sha256(), 0
-        held = (self._tokens, size, int.from_bytes(text_hash[:8], "little"), file, line)
-        for name, value in zip(COLUMNS, held, strict=True):
+        values = (self._tokens, size, int.from_bytes(text_hash[:8], "little"), file, line)
+        for name, value in zip(COLUMNS, values, strict=True):
             self._columns[name].append(value)
         if len(self._columns["ends"]) >= 1 << 14:
-            with _told(self.folder):
+            with _write_errors(self.folder):
                 self._flush()
 
     def finish(
@@ -250,9 +250,11 @@ class StoreWriter:
             "opening": around[0],
             "closing": around[1],
             "names": list(names),
-            "left_out": {reason: list(told) for reason, told in left_out.items()},
+            "left_out": {
+                reason: list(count_and_example) for reason, count_and_example in left_out.items()
+            },
         }
-        with _told(self.folder):
+        with _write_errors(self.folder):
             self._flush()
             for file in self._open.values():
                 file.flush()
@@ -274,13 +276,13 @@ class StoreWriter:
         self._open[name].write(raw)
 
     def _flush(self) -> None:
-        for name, of in COLUMNS.items():
-            self._open[name].write(np.array(self._columns[name], of).tobytes())
+        for name, dtype in COLUMNS.items():
+            self._open[name].write(np.array(self._columns[name], dtype).tobytes())
             self._columns[name].clear()
 
 
 @contextmanager
-def _told(folder: Path) -> Iterator[None]:
+def _write_errors(folder: Path) -> Iterator[None]:
     """Say of an error of the system what was being written."""
     try:
         yield

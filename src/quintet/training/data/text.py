@@ -52,14 +52,14 @@ class TextEncoder:
 
     def stream(self, pieces: Iterator[str]) -> Iterator[list[int]]:
         """Yield the ids of a text that comes in pieces, some at a time."""
-        context = held = ""
+        context = buffer = ""
         for piece in pieces:
-            held += piece
-            while len(held) > 2 * PIECE and (cut := self._cut(held)):
-                yield self._behind(context, held[:cut])
-                context, held = held[max(0, cut - SIDE) : cut], held[cut:]
-        if held:
-            yield self._behind(context, held)
+            buffer += piece
+            while len(buffer) > 2 * PIECE and (cut := self._cut(buffer)):
+                yield self._behind(context, buffer[:cut])
+                context, buffer = buffer[max(0, cut - SIDE) : cut], buffer[cut:]
+        if buffer:
+            yield self._behind(context, buffer)
 
     def _cut(self, text: str) -> int:
         """Return where a text can be cut; 0 if it has to grow first."""

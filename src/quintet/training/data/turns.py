@@ -94,8 +94,8 @@ class Turns:
             raise Bad("no answer to learn", "the assistant says nothing that was asked for")
         found = []
         for place in places[-1:] if last else places:
-            asks, answer = self._answer(messages, place)
-            found.append((len(asks), len(answer.rstrip()), asks + answer))
+            prompt, answer = self._answer(messages, place)
+            found.append((len(prompt), len(answer.rstrip()), prompt + answer))
         *earlier, (start, length, whole) = found
         check_said(messages[: places[-1]], whole)
         spans, others = [], []
@@ -110,33 +110,33 @@ class Turns:
     def _answer(self, messages: Sequence[Message], place: int) -> tuple[str, str]:
         """Return what asks for an answer, and the answer up to what follows it."""
         message = messages[place]
-        asks = self._write(_plain(messages[:place]), True)
+        prompt = self._write(_plain(messages[:place]), True)
         upto = _plain(messages[: place + 1])
-        thinks = asks.rstrip().endswith(THINK)
+        thinks = prompt.rstrip().endswith(THINK)
         if THOUGHT in message:
-            return asks, self._closed(message, self._thought(asks, message, upto))
+            return prompt, self._closed(message, self._thought(prompt, message, upto))
         whole = self._write(upto, False)
-        if thinks and not whole.startswith(asks):
+        if thinks and not whole.startswith(prompt):
             raise Bad(
                 "an answer without thoughts",
                 f"the chat template begins answers with {THINK}; write thoughts before it, or "
                 f"{THINK}\\n\\n{END_THINK}\\n\\n for none",
             )
-        if not whole.startswith(asks):
+        if not whole.startswith(prompt):
             raise Bad(
                 "an answer the template does not ask for",
                 "what the chat template writes of it does not begin as its prompt for answers "
                 "ends, so that the model would learn what it is never asked",
             )
-        answer = whole[len(asks) :]
+        answer = whole[len(prompt) :]
         check_said([message], answer)
-        return asks, self._closed(message, answer)
+        return prompt, self._closed(message, answer)
 
-    def _thought(self, asks: str, message: Message, upto: list[Message]) -> str:
+    def _thought(self, prompt: str, message: Message, upto: list[Message]) -> str:
         """Return an answer with the thoughts that the template would cut off."""
         thought, gap = message[THOUGHT], message[GAP]
-        opened = asks.rstrip().endswith(THINK)
-        if not opened and asks.rstrip().endswith(END_THINK):
+        opened = prompt.rstrip().endswith(THINK)
+        if not opened and prompt.rstrip().endswith(END_THINK):
             raise Bad(
                 "thoughts where none are asked for",
                 f"the chat template ends them before the answer; set its switch, as in "
@@ -144,7 +144,7 @@ class Turns:
             )
         if opened:
             # The space that the prompt ends with is not said again.
-            thought = thought.removeprefix(asks[len(asks.rstrip()) :])
+            thought = thought.removeprefix(prompt[len(prompt.rstrip()) :])
         tag = f"end{secrets.token_hex(8)}"
         marked = self._write([*upto[:-1], {**upto[-1], "content": tag}], False)
         _, found, behind = marked.rpartition(tag)
@@ -162,10 +162,10 @@ class Turns:
                 "an answer without an end",
                 "the chat template does not close it, and the tokenizer has no end-of-text token",
             )
-        said = answer.rstrip()
-        if message.get("tool_calls") and not said.endswith(self._calls_end):
-            said += self._calls_end
-        return said + self._end
+        closed = answer.rstrip()
+        if message.get("tool_calls") and not closed.endswith(self._calls_end):
+            closed += self._calls_end
+        return closed + self._end
 
 
 def _plain(messages: Sequence[Message]) -> list[Message]:
@@ -187,8 +187,8 @@ def check_said(messages: Sequence[Message], text: str) -> None:
         content = message["content"]
         parts = content if isinstance(content, list) else [{"text": content}]
         for part in parts:
-            said = part.get("text")
-            if isinstance(said, str) and said.strip() not in text:
+            own_text = part.get("text")
+            if isinstance(own_text, str) and own_text.strip() not in text:
                 raise Bad(
                     "a message the chat template leaves out",
                     f"messages[{place}] of the {message['role']} is not in what it writes",

@@ -14,6 +14,6 @@ class Running(Protocol):
         ...
 
 
-def here(call: Callable[[], T]) -> T:
+def run_local(call: Callable[[], T]) -> T:
     """Return what a call makes of a model that is all here."""
     return call()

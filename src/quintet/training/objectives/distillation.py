@@ -13,7 +13,7 @@ from quintet.modeling.scoring import AT_ONCE, ScoredHead
 from quintet.ops.labels import IGNORED
 from quintet.training.batch import Batch
 from quintet.training.objective import Term
-from quintet.training.objectives.compared import Running, here
+from quintet.training.objectives.compared import Running, run_local
 from quintet.training.objectives.states import States, language_model, states_of
 from quintet.training.objectives.targets import counted, targets
 from quintet.training.progress import Progress
@@ -45,7 +45,7 @@ class Distillation:
         temperature: float = 1.0,
         share: float = 1.0,
         *,
-        running: Running = here,
+        running: Running = run_local,
     ) -> None:
         if not temperature > 0:
             raise ConfigError(f"temperature={temperature} has to be more than 0")

@@ -15,7 +15,7 @@ from quintet.modeling.base import PreTrainedModel
 from quintet.modeling.heads import CausalLMHead
 from quintet.training.batch import Batch
 from quintet.training.objective import Term
-from quintet.training.objectives.compared import Running, here
+from quintet.training.objectives.compared import Running, run_local
 from quintet.training.objectives.states import language_model, log_probs_of_rows, states_of
 from quintet.training.objectives.targets import targets
 from quintet.training.progress import Progress
@@ -65,7 +65,7 @@ class Preference:
         reference: PreTrainedModel | None = None,
         reference_adapter: str | None = None,
         reference_free: bool = False,
-        running: Running = here,
+        running: Running = run_local,
     ) -> None:
         if not beta > 0:
             raise ConfigError(f"beta={beta} has to be more than 0")
@@ -155,11 +155,11 @@ class Preference:
         else:
             share = self.label_smoothing
             losses = -(1 - share) * F.logsigmoid(margin) - share * F.logsigmoid(-margin)
-        told = margin.detach()
-        accuracy = (told > 0).sum().to(told.dtype)
+        detached = margin.detach()
+        accuracy = (detached > 0).sum().to(detached.dtype)
         terms = {
             "preference": Term(losses.sum(), pairs),
-            "reward_margin": Term(told.sum(), pairs, 0.0),
+            "reward_margin": Term(detached.sum(), pairs, 0.0),
             "reward_accuracy": Term(accuracy, pairs, 0.0),
         }
         if (sequences := text_model.sequences) is None:

@@ -70,11 +70,11 @@ def states_of(model: CausalLMHead, batch: Batch, *, routed: bool = False, depth:
     Raises:
         InputError: the model has no experts, or another number of prediction layers.
     """
-    asked: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     if routed:
         if not isinstance(model, MoeCausalLMHead):
             raise InputError(f"a {type(model).__name__} has no experts that could be balanced")
-        asked["output_router_logits"] = True
+        options["output_router_logits"] = True
     if depth:
         found = model.prediction_depth() if isinstance(model, MtpCausalLMHead) else 0
         if found != depth:
@@ -97,7 +97,7 @@ def states_of(model: CausalLMHead, batch: Batch, *, routed: bool = False, depth:
             use_cache=False,
             output_hidden_states=depth > 0,
             return_dict=True,
-            **asked,
+            **options,
         ),
     )
     hidden = output.last_hidden_state

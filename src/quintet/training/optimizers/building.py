@@ -80,8 +80,8 @@ class Optimizers:
         A parameter without a gradient stays as it is, its state too.
         """
         share = self._schedule.at(at)
-        for group, of in self._tables:
-            of["lr"] = group.learning_rate * share
+        for group, parameters in self._tables:
+            parameters["lr"] = group.learning_rate * share
         for optimizer in self._optimizers:
             optimizer.step()
         self._masters.round()
@@ -97,7 +97,7 @@ class Optimizers:
         norm that is not finite says that the step is to be left out; nothing is scaled then.
         """
         most = self.settings.max_norm if max_norm is None else max_norm
-        self._masters.settle()
+        self._masters.assign_gradients()
         gradients = [self._gradients(group) for group in self.groups]
         self.layout.add_up({name: x for group in gradients for name, x in group.items()})
         found = self.layout.norms(gradients)
@@ -139,9 +139,9 @@ class Optimizers:
         """
         layout = self.layout
         return layout.collected(
-            (name, layout.whole(of, tensor) if tensor.ndim else tensor)
-            for name, of, tensor in self._state()
-            if layout.counts(of)
+            (name, layout.whole(member, tensor) if tensor.ndim else tensor)
+            for name, member, tensor in self._state()
+            if layout.counts(member)
         )
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
@@ -157,8 +157,10 @@ class Optimizers:
             for name, tensor in tensors.items()
             if not self.layout.elsewhere(name.rpartition(".")[0])
         }
-        of = {name: member for name, member, tensor in self._state() if tensor.ndim}
-        parts = {n: self.layout.part(of[n], x) if n in of else x for n, x in tensors.items()}
+        members = {name: member for name, member, tensor in self._state() if tensor.ndim}
+        parts = {
+            n: self.layout.part(members[n], x) if n in members else x for n, x in tensors.items()
+        }
         copy_into(self.tensors(), parts)
         self._masters.round()
 
@@ -166,7 +168,7 @@ class Optimizers:
         """Yield each tensor with its name and that of its parameter."""
         for member in self._members():
             weight = self._masters[member.name]
-            if member.name in self._masters.kept:
+            if member.name in self._masters.separate:
                 yield f"{member.name}.master", member.name, weight.detach()
             for optimizer in self._optimizers:
                 for key, value in optimizer.state.get(weight, {}).items():

@@ -55,7 +55,7 @@ def grouped(
             parameters, or nothing is left to be trained.
     """
     if isinstance(whole, PreTrainedModel):
-        return _here(grouped(whole, settings), model)
+        return _local(grouped(whole, settings), model)
     found: dict[tuple[object, ...], Group] = {}
     matched: set[str] = set()
     for member in list(members(model, by_head=settings.by_head)):
@@ -75,7 +75,7 @@ def grouped(
     return _named(list(found.values()))
 
 
-def _here(groups: list[Group], model: PreTrainedModel) -> list[Group]:
+def _local(groups: list[Group], model: PreTrainedModel) -> list[Group]:
     """Return the groups of a whole model with those parameters that a part of it has."""
     own = dict(model.named_parameters())
     trained = {member.name for group in groups for member in group.members}

@@ -37,7 +37,7 @@ class Layout(Protocol):
         """
         ...
 
-    def held(self, tensor: Tensor) -> Tensor:
+    def local(self, tensor: Tensor) -> Tensor:
         """Return what this process has of a parameter or its gradient: the numbers, no copy."""
         ...
 
@@ -95,7 +95,7 @@ class Here:
             if (loss := part()) is not None:
                 loss.backward()  # type: ignore[no-untyped-call]
 
-    def held(self, tensor: Tensor) -> Tensor:
+    def local(self, tensor: Tensor) -> Tensor:
         """Return all of it."""
         return tensor
 

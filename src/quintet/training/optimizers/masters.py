@@ -22,7 +22,7 @@ class Masters:
     weight that is divided among processes, steps are taken on what this process has.
 
     Attributes:
-        kept: the names of those whose float32 is more than the model has when it computes.
+        separate: the names of those whose float32 is more than the model has when it computes.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Masters:
             # Adapters are float32 on any model.
             for parameter, numbers in adapters.items():
                 parameter.data = numbers
-        self._weights: dict[str, Tensor] = {n: layout.held(p) for n, p in trained.items()}
+        self._weights: dict[str, Tensor] = {n: layout.local(p) for n, p in trained.items()}
         self._layout = layout
         self._parts = [
             (parameter, self._weights[name])
@@ -58,7 +58,7 @@ class Masters:
         ]
         # What is rounded when it is gathered is the master itself.
         gathered = precision == "bfloat16" and layout.rounds
-        self.kept = {n for n, p in trained.items() if gathered and self._weights[n] is not p}
+        self.separate = {n for n, p in trained.items() if gathered and self._weights[n] is not p}
         self._rounded: list[tuple[nn.Parameter, Tensor]] = []
         self._hooks: list[RemovableHandle] = []
         for name, parameter in trained.items():
@@ -71,7 +71,7 @@ class Masters:
                     'dtype="float32", or choose precision="bfloat16"'
                 )
             master = self._weights[name] = before[name].requires_grad_()
-            self.kept.add(name)
+            self.separate.add(name)
             self._rounded.append((parameter, master))
             hand_over = partial(_hand_over, master)
             hook = parameter.register_post_accumulate_grad_hook(hand_over)  # type: ignore[no-untyped-call]
@@ -81,10 +81,10 @@ class Masters:
         """Return what is stepped in the place of the parameter of that name."""
         return self._weights[name]
 
-    def settle(self) -> None:
+    def assign_gradients(self) -> None:
         """Give what is stepped the gradients of what this process has part of."""
         for parameter, part in self._parts:
-            part.grad = None if parameter.grad is None else self._layout.held(parameter.grad)
+            part.grad = None if parameter.grad is None else self._layout.local(parameter.grad)
         for name in self._layout.awaited & self._weights.keys():
             weight = self._weights[name]
             if weight.grad is None:

@@ -99,8 +99,8 @@ class Muon(torch.optim.Optimizer):
             update = p.grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
             rows = p.shape[-2] // group["matrices"]
             updates.append(update.reshape(-1, rows, p.shape[-1]))
-        made = self._orthogonal(updates)
-        for (p, group), those, part in zip(alike, moving, made, strict=True):
+        orthogonal = self._orthogonal(updates)
+        for (p, group), those, part in zip(alike, moving, orthogonal, strict=True):
             size = 0.2 * max(part.shape[-2:]) ** 0.5
             part = part.reshape(p.shape)
             decay = group["lr"] * group["weight_decay"]
@@ -117,8 +117,8 @@ class Muon(torch.optim.Optimizer):
         dtype = self.dtype or quick_dtype(x.device)
         count = max(1, AT_ONCE // (x.shape[-2] * x.shape[-1]))
         parts = [orthogonal(part, dtype=dtype) for part in torch.split(x, count)]
-        made = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return torch.split(made, [len(update) for update in updates])
+        joined = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return torch.split(joined, [len(update) for update in updates])
 
 
 def _moving(alike: list[tuple[Tensor, dict[str, Any]]]) -> list[Tensor | None]:

@@ -45,8 +45,8 @@ class GroupSettings:
             _at_least_0(self.weight_decay, "weight_decay")
         if self.matrices is not None and self.matrices < 1:
             raise SettingError.value("matrices", self.matrices, "has to be 1 or more")
-        said = (self.kind, self.learning_rate, self.weight_decay, self.matrices)
-        if self.frozen and said != (None, 1.0, None, None):
+        given = (self.kind, self.learning_rate, self.weight_decay, self.matrices)
+        if self.frozen and given != (None, 1.0, None, None):
             raise SettingError.value(
                 "frozen", self.frozen, "leaves nothing else to be said of the group; take that out"
             )

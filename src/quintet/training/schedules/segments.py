@@ -84,10 +84,10 @@ class Course:
         """Return the number in the step that begins here."""
         value, begin = self.start, Span(0.0)
         for segment, end in zip(self.segments, self.ends, strict=True):
-            here = end.of(progress)
-            if here < end.length:
+            position = end.of(progress)
+            if position < end.length:
                 began = _in_unit_of(end, begin, progress)
-                part = (here - began) / (end.length - began) if end.length > began else 1.0
+                part = (position - began) / (end.length - began) if end.length > began else 1.0
                 return _between(value, segment.to, segment.shape, min(max(part, 0.0), 1.0))
             value, begin = segment.to, end
         return value
