@@ -223,7 +223,7 @@ class _InTurn:
     layer: nn.Module
 
     def __call__(self, hidden_states: Tensor, **others: Any) -> Tensor:
-        if self.index in self.stage.indices:
+        if self.index in self.stage.own:
             output: Tensor = type(self.layer).forward(self.layer, hidden_states, **others)
             return output
         return _Absent(self.stage, self.index)(hidden_states)
