@@ -68,6 +68,7 @@ BOUNDS: tuple[tuple[str, str, click.ParamType[Any], str, str], ...] = (
     ("--max-stops", "stops", COUNT_OR_NONE, "16", "Texts that end an answer."),
     ("--max-stop-length", "stop_length", COUNT, "256", "Characters of each."),
     ("--max-top-logprobs", "top_logprobs", COUNT_OR_NONE, "20", "Beside each token."),
+    ("--max-scores", "scores", COUNT, "1048576", "Of tokens, kept until answers are whole."),
     ("--max-biases", "biases", COUNT_OR_NONE, "300", "Tokens in a logit_bias."),
     ("--max-tools", "tools", COUNT_OR_NONE, "128", "Of a request."),
     ("--max-schema", "schema", SIZE, "64KiB", "Of JSON that an answer is to follow."),

@@ -73,6 +73,16 @@ class Ask:
     priority: int = 0
     timeout: float | None = None
 
+    def scores(self, context: int) -> int:
+        """Return how many scores of tokens the answers have at the most, for a context."""
+        count = 0
+        if self.logprobs is not None:
+            tokens = self.usual_tokens if self.max_tokens is None else self.max_tokens
+            count += self.n * min(tokens, context) * (1 + self.logprobs)
+        if self.prompt_logprobs is not None and not isinstance(self.prompt, Conversation):
+            count += len(self.prompt) * (1 + self.prompt_logprobs)
+        return count
+
     @property
     def binding(self) -> str:
         """The field of the request that says what an answer may be."""

@@ -6,6 +6,7 @@ from typing import Protocol
 from starlette.requests import Request
 
 from quintet.server.registry import Registry
+from quintet.server.score_budget import ScoreBudget
 from quintet.server.settings import Settings
 
 
@@ -33,6 +34,7 @@ class Service:
         draining: new requests are refused, as it will end.
         under_way: how many requests are answered now.
         receiving: how many bytes are there of bodies that are not complete.
+        scores: counts the scores of tokens that are kept until answers are whole.
     """
 
     settings: Settings
@@ -41,6 +43,10 @@ class Service:
     draining: bool = False
     under_way: int = 0
     receiving: int = 0
+    scores: ScoreBudget = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.scores = ScoreBudget(self.settings.scores)
 
     @property
     def healthy(self) -> bool:

@@ -53,6 +53,7 @@ class Settings:
         stops: how many texts may end an answer.
         stop_length: how many characters each of these may have.
         top_logprobs: how many other tokens may be told of for each.
+        scores: how many scores of tokens are kept until answers are whole, of all requests.
         biases: how many tokens a request may favour.
         tools: how many tools a request may offer.
         schema: how many bytes a schema may have.
@@ -91,6 +92,7 @@ class Settings:
     stops: int = 16
     stop_length: int = 256
     top_logprobs: int = 20
+    scores: int = 1 << 20
     biases: int = 300
     tools: int = 128
     schema: int = 64 * KIB
@@ -113,6 +115,7 @@ class Settings:
                     "choices": self.choices,
                     "prompts": self.prompts,
                     "stop_length": self.stop_length,
+                    "scores": self.scores,
                     "schema": self.schema,
                 },
             ),

@@ -33,16 +33,17 @@ async def create(request: Request) -> Response:
     size = served.engine.model.config.vocab_size
     question = body.question(service.settings, size, caller_of(request))
     events = ask(served, question)
-    start = await begun(request, events)
-    headers = warnings_header([*warnings, *start.warnings])
     frame = Frame("chatcmpl", served.name, served.fingerprint)
     if body.stream:
+        start = await begun(request, events)
         counted = body.stream_options is not None and bool(body.stream_options.include_usage)
         stream = EventStream(_chunks(events, frame, question.n, counted=counted), service.settings)
-        stream.headers.update(headers)
+        stream.headers.update(warnings_header([*warnings, *start.warnings]))
         return stream
-    reply = await until_gone(request, _whole(events, frame, question.n))
-    return JSONResponse(reply, headers=headers)
+    with service.scores.taken(question.scores(served.context), "top_logprobs"):
+        start = await begun(request, events)
+        reply = await until_gone(request, _whole(events, frame, question.n))
+    return JSONResponse(reply, headers=warnings_header([*warnings, *start.warnings]))
 
 
 async def _chunks(

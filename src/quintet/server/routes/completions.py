@@ -43,8 +43,6 @@ async def create(request: Request) -> Response:
     caller = caller_of(request)
     questions = [body.question(one.ids, one.where, settings, size, caller) for one in prompts]
     streams = [ask(served, question) for question in questions]
-    start = await begun(request, streams[0])
-    headers = warnings_header([*warnings, *start.warnings])
     frame = Frame("cmpl", served.name, served.fingerprint)
     count = body.n or 1
     width = max(served.engine.limits.rows // count, 1)
@@ -56,12 +54,15 @@ async def create(request: Request) -> Response:
             TextChoice(len(choices) + index, prompt, served.tokenizer) for index in range(count)
         ]
     if body.stream:
+        start = await begun(request, streams[0])
         counted = body.stream_options is not None and bool(body.stream_options.include_usage)
         stream = EventStream(_chunks(events, frame, choices, count, counted=counted), settings)
-        stream.headers.update(headers)
+        stream.headers.update(warnings_header([*warnings, *start.warnings]))
         return stream
-    reply = await until_gone(request, _whole(events, frame, choices, count))
-    return JSONResponse(reply, headers=headers)
+    with service.scores.taken(sum(one.scores(served.context) for one in questions), "logprobs"):
+        start = await begun(request, streams[0])
+        reply = await until_gone(request, _whole(events, frame, choices, count))
+    return JSONResponse(reply, headers=warnings_header([*warnings, *start.warnings]))
 
 
 Placed = tuple[int, AnswerEvent]
