@@ -144,7 +144,7 @@ def _tables(place: _Place, sharding: Sharding) -> Iterator[Sharding]:
 
 
 def _of_matrix(addition: LowRank, cuts: tuple[Cut, ...], *, partial: bool) -> Sharding:
-    """Return how an addition to a matrix (O, I) is cut, with A (r, I) and B (O, r)."""
+    """Return the cut of an addition to a matrix (O, I), with A (r, I) and B (O, r)."""
     rows = tuple(cut for cut in cuts if cut.dim == 0)
     columns = tuple(cut for cut in cuts if cut.dim == 1)
     parameters = {"lora_A": columns, "lora_B": rows}
@@ -162,7 +162,7 @@ def _of_matrix(addition: LowRank, cuts: tuple[Cut, ...], *, partial: bool) -> Sh
 
 
 def _of_stack(addition: ExpertStackLowRank, cuts: tuple[Cut, ...]) -> Sharding:
-    """Return how an addition to a stack (E, O, I) is cut, with A (E·r, I), B (O, r·E)."""
+    """Return the cut of an addition to a stack (E, O, I), with A (E·r, I), B (O, r·E)."""
     E, r = addition.num_experts, addition.rank
     key = "num_experts"
     inner = [cut for cut in cuts if cut.dim > 0]

@@ -346,7 +346,7 @@ class _Builder:
                 )
 
     def _beside(self) -> set[str]:
-        """Return what the configuration says is beside A and B."""
+        """Return the tensors beside A and B that the configuration expects."""
         options = {MAGNITUDE: self.config.use_dora, BIAS: self.config.lora_bias}
         return {leaf for leaf, expected in options.items() if expected}
 

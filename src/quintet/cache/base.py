@@ -126,7 +126,7 @@ class Cache:
         return self._attention(layer_idx).buffers(segment)
 
     def memory(self, layer_idx: int) -> tuple[Tensor, Tensor] | None:
-        """Return where a layer's keys and values lie, (P, K, page, D), as a segment's pages say.
+        """Return a layer's pages of keys and values, (P, K, page, D), as a segment's table says.
 
         The caller writes them in place, instead of `update`; None where they lie otherwise.
         """

@@ -132,7 +132,7 @@ class _Tokens(_Slot):
 
     @property
     def plain(self) -> tuple[Tensor, Tensor] | None:
-        """What is kept, where that is keys and values as they are."""
+        """The keys and values, if they are stored as they are; else None."""
         if not isinstance(self.memory, DenseRows):
             return None
         keys, values = self.tensors

@@ -77,7 +77,7 @@ class RowTable:
         return found
 
     def pages(self, device: torch.device) -> Pages | None:
-        """Return where the tokens that rows take go, a page each; None if no backend asks.
+        """Return the pages of the rows that take tokens; None if no backend asks.
 
         All of it is known to the host, which sends it and does not wait.
         """

@@ -118,7 +118,7 @@ def segments_of(whole: Segment, lengths: Sequence[int]) -> tuple[Segment, ...]:
 
 
 def _pages(whole: Pages | None, rows: slice, token: int, length: int, longest: int) -> Pages | None:
-    """Return where some adjacent rows lie, the first of which has the first page.
+    """Return the pages of some adjacent rows, the first of which has the first page.
 
     Args:
         whole: where all rows lie, a page each; None where that is not known.

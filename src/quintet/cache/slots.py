@@ -11,7 +11,7 @@ from quintet.kernels.ssm import MixerWeights
 
 
 class CacheSlot(Protocol):
-    """What one layer keeps between forwards."""
+    """The memory of one layer between forwards."""
 
     def select(self, rows: Tensor) -> None:
         """Keep the rows (N,), in that order; rows may repeat."""

@@ -58,9 +58,9 @@ class TensorInfo:
     shape: tuple[int, ...]
     file: Path
     start: int = 0
-    """Where in the file its data begins."""
+    """The offset of its data in the file."""
     blocks: BlockType | None = None
-    """What neighbouring weights of a row share their bytes by; None where each has its own."""
+    """The block of neighbouring weights of a row that share bytes; None if each has its own."""
 
     @property
     def nbytes(self) -> int:

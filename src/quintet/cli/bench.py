@@ -26,7 +26,7 @@ BUSY = 0.05
 
 
 class _Numbers(click.ParamType[tuple[int, ...]]):
-    """Whole numbers separated by commas."""
+    """A click type of integers separated by commas."""
 
     name = "n,n,…"
 

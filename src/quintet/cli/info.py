@@ -113,7 +113,7 @@ def _quantised(config: "PreTrainedConfig") -> Fact:
 def _number_formats(
     name: str, config: "PreTrainedConfig", where: dict[str, Any]
 ) -> dict[str, Fact]:
-    """Say what becomes of the tensors of a GGUF file, which hardly is what it has."""
+    """Describe the formats that the tensors of a GGUF file will have."""
     import torch
 
     from quintet.auto import family
@@ -158,7 +158,7 @@ def _cache(config: "PreTrainedConfig", per_token: int, per_row: int) -> Fact:
 
 
 def _backends(config: "PreTrainedConfig") -> Fact:
-    """Say which backend computes what, on each kind of device there is."""
+    """Describe the backends of each kind of device there is."""
     import torch
 
     from quintet.backends import REGISTRY

@@ -68,7 +68,7 @@ class Local:
 
     @property
     def context(self) -> int | None:
-        """How many tokens prompt and answer may have."""
+        """The maximum number of tokens of prompt and answer."""
         most: int = self.opened.model.config.max_position_embeddings
         return most
 
@@ -131,7 +131,7 @@ class Local:
         return describe(self._config)
 
     def take(self, model: str) -> str:
-        """Say which model this is; there is no other.
+        """Return the name of the model; there is no other.
 
         Raises:
             InputError: another one is asked for.

@@ -153,7 +153,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _complain_of(error: QuintetError) -> None:
-    """Say what is wrong; of several processes the first, once, and the others are told."""
+    """Print an error; of several processes the first prints, once, and the others are told."""
     message: str | None = str(error)
     if "WORLD_SIZE" in os.environ:
         from quintet.cli.together import last_words

@@ -180,7 +180,7 @@ class Opened:
 
 
 def devices_of(model: "PreTrainedModel") -> str:
-    """Say which devices a model is on, in the order of a forward, and with how much on several."""
+    """Return a model's devices, in the order of a forward, with the bytes on each of several."""
     nbytes: dict[torch.device, int] = {}
     for part in model.parameters():
         nbytes[part.device] = nbytes.get(part.device, 0) + part.nbytes

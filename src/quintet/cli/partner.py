@@ -35,7 +35,7 @@ class Partner(Protocol):
 
     @property
     def context(self) -> int | None:
-        """How many tokens prompt and answer may have; None where nobody says."""
+        """The maximum number of tokens of prompt and answer; None if it is unknown."""
         ...
 
     def describe(self) -> str:

@@ -124,7 +124,7 @@ def too_large(
     batch: int,
     where: dict[str, Any],
 ) -> str | None:
-    """Return why a model and its cache do not fit here; None where they do, or nobody knows."""
+    """Return why a model and its cache do not fit here; None if they do, or if that is unknown."""
     if dtype not in DTYPES or quantize not in (None, *QUANTISED):
         return None
     tensors = _files(model, where)[1]

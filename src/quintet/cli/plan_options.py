@@ -83,7 +83,7 @@ def world_options(command: Command) -> Command:
 
 @dataclass(frozen=True, slots=True)
 class WorldOptions:
-    """What the options say; None and empty for what nobody asked for."""
+    """The values of the options; None and empty if they are not given."""
 
     world: str | None
     device: str | None
@@ -154,7 +154,7 @@ class WorldOptions:
             _refuse(training, "is about training; give --train, or leave it out")
 
     def limits(self, size: int) -> "Limits":
-        """Return which splits of `size` devices are meant.
+        """Return the possible splits of `size` devices.
 
         Raises:
             InputError: options that say different things.

@@ -69,7 +69,7 @@ def plan_in_world(
 def _facts(plan: "Plan[Choice]", work: "Workload", dtype: str, splits: int) -> dict[str, Any]:
     choice = plan.best or plan.nearest
     memory, groups = choice.memory, choice.split.groups
-    kind = dtype if plan.held is None else f"{plan.model.form} and {dtype}"
+    kind = dtype if plan.quantized is None else f"{plan.model.form} and {dtype}"
     rows = work.rows_of(choice.split)
     facts: dict[str, Any] = {
         **world_facts(plan),

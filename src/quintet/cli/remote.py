@@ -83,7 +83,7 @@ class Remote:
 
     @property
     def context(self) -> int | None:
-        """How many tokens prompt and answer may have; None where the server does not say."""
+        """The maximum number of tokens of prompt and answer; None if the server does not say."""
         return self._models.get(self._model)
 
     def describe(self) -> str:
@@ -104,7 +104,7 @@ class Remote:
         return Outcome(cut, warning=self.news())
 
     def news(self) -> str | None:
-        """Return what the server says of the last request that it has not said before."""
+        """Return the server's remark about the last request, if it is new."""
         warning, self._warning = self._warning, ""
         if not warning or warning in self._warned:
             return None
@@ -275,7 +275,7 @@ async def _choices(reply: Reply) -> AsyncIterator[tuple[dict[str, Any], dict[str
 
 
 def _events(delta: Mapping[str, Any]) -> list[Event]:
-    """Return what a piece says; servers have two names for thoughts."""
+    """Return the events of a piece; servers have two names for thoughts."""
     thought = delta.get("reasoning_content") or delta.get("reasoning")
     content = delta.get("content")
     events: list[Event] = [Reasoning(_text(thought))] if thought else []

@@ -19,7 +19,7 @@ def finish_reason(config: "GenerationConfig", ids: "Tensor") -> str:
 
 
 def cut(config: "GenerationConfig", ids: "Tensor", room: int) -> str | None:
-    """Say that a text was cut off, and what to do about it, or return None if it ended.
+    """Return a remark that a text was cut off, or None if it ended.
 
     Args:
         config: how the text was made.

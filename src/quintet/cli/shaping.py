@@ -29,7 +29,7 @@ class Shape:
 
     @property
     def fields(self) -> dict[str, Any]:
-        """What a server is asked for it."""
+        """The fields that a server is sent for it."""
         if self.pattern is not None:
             return {"regex": self.pattern}
         if self.schema is None:
@@ -42,7 +42,7 @@ class Shape:
         return {"response_format": {"type": "json_schema", "json_schema": named}}
 
     def maker(self, opened: "Opened") -> Callable[[str], list["GrammarProcessor"]]:
-        """Return what makes processors for a text behind a prompt; the tokenizer is read now.
+        """Return a maker of processors for a text behind a prompt; the tokenizer is read now.
 
         Raises:
             GrammarError: the schema or the expression cannot be used.

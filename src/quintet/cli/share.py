@@ -65,7 +65,7 @@ def share_of(
 
 
 def own_group(path: str, given: Mapping[str, Any], where: Mapping[str, Any]) -> tuple[int, bool]:
-    """Return which group with texts of its own this process is in, and whether it leads that.
+    """Return the index of this process's group of texts, and whether it leads the group.
 
     Args:
         path: of the model.
@@ -103,7 +103,7 @@ def _degrees(sizes: Mapping[str, int]) -> "DistributedConfig":
 def too_large_together(
     config: "PreTrainedConfig", given: Mapping[str, Any], limits: "Limits", bits: int | None
 ) -> str | None:
-    """Return why a part of a model and of its rows does not fit into each process; None if it does.
+    """Return why a part of a model and of its rows does not fit a process; None if it does.
 
     Raises:
         InputError: the model cannot be divided so.

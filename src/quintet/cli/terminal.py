@@ -32,7 +32,7 @@ def can_move() -> bool:
 
 
 def width(stream: TextIO | None) -> int | None:
-    """Return how many characters are in a line of the terminal a stream leads to, or None."""
+    """Return the width of the terminal that a stream leads to, or None."""
     try:
         if stream is None or not stream.isatty():
             return None
@@ -59,7 +59,7 @@ def note(text: str, quiet: bool = False) -> None:
 
 
 def complain(text: str) -> None:
-    """Say what is wrong, on standard error."""
+    """Print an error on standard error."""
     click.echo(_folded(text), err=True)
 
 

@@ -52,7 +52,7 @@ def speak() -> None:
 
 
 def from_first(read: Callable[[], str]) -> str:
-    """Return what the first process reads, in all of them."""
+    """Return the first process's input, in all processes."""
     watch = _watch()
     if watch is None:
         return read()
@@ -131,7 +131,7 @@ class Led:
 
     @property
     def context(self) -> int | None:
-        """How many tokens prompt and answer may have."""
+        """The maximum number of tokens of prompt and answer."""
         return self._partner.context
 
     def describe(self) -> str:
@@ -149,7 +149,7 @@ class Led:
         return self._partner.set(given)
 
     def take(self, model: str) -> str:
-        """Say which model this is; there is no other."""
+        """Return the name of the model; there is no other."""
         return self._partner.take(model)
 
     def _say(self, order: str, value: object) -> None:

@@ -35,7 +35,7 @@ class Wrapped:
         self._out.write(style("".join(self._placed(c, most) for c in text)) if text else "")
 
     def _placed(self, character: str, most: int | None) -> str:
-        """Return what is written for a character."""
+        """Return the text to write for a character."""
         if character == "\n":
             if self._line.lstrip().startswith(FENCE):
                 self._verbatim = not self._verbatim

@@ -55,7 +55,7 @@ def _alternatives(text: str) -> list[str]:
 
 
 def _ways(text: str) -> int:
-    """Return how many combinations there are of alternatives in groups, and of what may be."""
+    """Return the number of combinations of grouped alternatives and optional parts."""
     ways, groups = 2 ** min(text.count("?"), 64), [1]
     for letter in text:
         if letter == "(":

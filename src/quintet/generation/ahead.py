@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Ahead(NamedTuple):
-    """What comes behind the last token of a sequence: a row of logits (B, V)."""
+    """The logits (B, V) behind the last token of each sequence."""
 
     logits: Tensor
     row: int

@@ -57,7 +57,7 @@ class Arguments:
     adapter_names: Sequence[str | None] | None = None
 
     def shared(self) -> dict[str, object]:
-        """Return what has to be the same in all processes of a sharded model.
+        """Return the values that all processes of a sharded model have to share.
 
         What only the process that chooses uses, such as a streamer or a generator, is not in it.
         """

@@ -70,7 +70,7 @@ class Generating(Served, Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decided:
-    """What follows from the arguments of a call and its model.
+    """The decisions that follow from the arguments of a call and its model.
 
     Attributes:
         config: the options.
@@ -100,17 +100,17 @@ class Decided:
 
     @property
     def copies(self) -> int:
-        """How often each prompt is continued."""
+        """The number of continuations of each prompt."""
         return self.search.num_beams if self.search else self.config.num_return_sequences or 1
 
     @property
     def rows(self) -> int:
-        """How many rows are continued."""
+        """The number of rows that are continued."""
         return len(self.prompt.given) * self.copies
 
     @property
     def tokens(self) -> int:
-        """How many tokens a row has in the end, at most."""
+        """The maximum number of tokens of a row, its prompt included."""
         return self.prompt.length + self.room
 
 

@@ -1,4 +1,4 @@
-"""Which sequence has which row of an engine, and what the rows hold."""
+"""The rows of an engine's sequences, and their contents."""
 
 from quintet.cache import RowContent
 from quintet.errors import ContextLengthError, InputError
@@ -114,7 +114,7 @@ class EngineRows:
         return self._rows.extract(row, start, stop)
 
     def length(self, sequence: Sequence) -> int:
-        """Return how many of its ids a sequence's row holds.
+        """Return the number of ids that a sequence's row holds.
 
         Raises:
             InputError: it has no row.

@@ -58,7 +58,7 @@ def token_logprobs(logits: Tensor, tokens: Sequence[int], top: int) -> list[Toke
 
 
 class Observed:
-    """What is recorded of a text besides its tokens.
+    """The recordings of a text besides its tokens.
 
     Args:
         logprobs: how many likely tokens to name in the place of each new one; None to say nothing.

@@ -135,7 +135,7 @@ class ForwardOutput:
 
 @dataclass(slots=True)
 class Record:
-    """What a generation records per step; lists that are not None."""
+    """The values that a generation records per step; lists that are not None."""
 
     scores: list[Tensor] | None = None
     logits: list[Tensor] | None = None

@@ -115,7 +115,7 @@ class StoppingCriteriaList(list[Any]):
     def __call__(
         self, input_ids: Tensor, scores: Scores, padding: Tensor | None = None, **kwargs: Any
     ) -> Tensor:
-        """Return which rows end, (B,); `padding` (B,) counts leading padding columns."""
+        """Return a mask (B,) of ending rows; `padding` (B,) counts leading padding columns."""
         ended = _all(input_ids, False)
         for criterion in self:
             further = kwargs
@@ -143,12 +143,12 @@ class Stopping:
         self.criteria = StoppingCriteriaList() if criteria is None else criteria
 
     def ends(self, tokens: Tensor) -> Tensor:
-        """Return which tokens are end tokens."""
+        """Return a mask of the end tokens."""
         # A comparison is five times as fast as a search.
         return tokens == self.eos if self.eos.numel() == 1 else torch.isin(tokens, self.eos)
 
     def __call__(self, ids: Tensor, scores: Scores, padding: Tensor | None = None) -> Tensor:
-        """Return which rows (B, T) end with their last token, (B,)."""
+        """Return a mask (B,) of the rows (B, T) whose last token ends them."""
         ended = self.ends(ids[:, -1])
         return ended | self.criteria(ids, scores, padding) if self.criteria else ended
 

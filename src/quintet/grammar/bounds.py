@@ -96,7 +96,7 @@ def _remainders(divisor: object) -> int:
 
 
 def _meeting(schema: Any, root: Mapping[str, Any], known: dict[int, int]) -> int:
-    """Return how many patterns may hold for one text."""
+    """Return the number of patterns that may hold for one text."""
     if not isinstance(schema, dict):
         return 0
     if id(schema) not in known:

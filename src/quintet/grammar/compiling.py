@@ -112,7 +112,7 @@ class Grammars:
         return compiled
 
     def _fault(self, matcher: LLMatcher) -> str:
-        """Return why a grammar fails at its first tokens, or ""."""
+        """Return the error of a grammar at its first tokens, or ""."""
         for _ in range(TRIED):
             # What takes long is done by this call, which lets other threads go on meanwhile.
             mask = int.from_bytes(matcher.compute_bitmask(), "little")

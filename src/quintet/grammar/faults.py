@@ -56,7 +56,7 @@ def clear_reason(reason: str) -> str:
 
 
 def schema_fault(schema: str) -> str:
-    """Return where a schema cannot be used, and why, or ""."""
+    """Return the place and reason of a schema's fault, or ""."""
     root: dict[str, Any] = json.loads(schema)
     reason, place, inner = _fault(root), "#", root
     until = time.monotonic() + PATIENCE

@@ -63,7 +63,7 @@ class Following:
                 self._check()
 
     def accepted(self, ids: Tensor, tokens: list[int]) -> int:
-        """Return how many of some tokens may follow a text (T,).
+        """Return the number of tokens, of those given, that may follow a text (T,).
 
         Tokens behind the one that begins the grammar, or ends the text, do not count.
         """

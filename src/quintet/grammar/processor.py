@@ -76,7 +76,7 @@ class GrammarProcessor(ConstrainingProcessor):
         return result
 
     def accepted(self, row: int, ids: Tensor, tokens: list[int]) -> int:
-        """Return how many of some tokens may follow a row."""
+        """Return the number of tokens, of those given, that may follow a row."""
         return self._row(row, len(self.rows)).accepted(ids, tokens)
 
     def forced(self, row: int, ids: Tensor) -> list[int]:

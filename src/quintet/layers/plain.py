@@ -54,7 +54,7 @@ def hooked(module: nn.Module) -> bool:
 
 
 def called_only(module: nn.Module) -> bool:
-    """Return the same, ignoring an `AdaptedForward` of the module."""
+    """Return the module's forward, ignoring an `AdaptedForward`."""
     return _acts(module) or module._compiled_call_impl is not None or replaced(module)
 
 

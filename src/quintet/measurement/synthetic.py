@@ -48,7 +48,7 @@ def random_model(
 
 
 def random_ids(vocab_size: int, batch: int, tokens: int, seed: int = 0) -> Tensor:
-    """Return the same (batch, tokens) ids whenever asked for."""
+    """Return deterministic ids (batch, tokens)."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(
         0, vocab_size, (batch, tokens), generator=generator, device="cpu", dtype=torch.long

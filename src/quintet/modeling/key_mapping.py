@@ -27,7 +27,7 @@ HEADS = ("lm_head.", "score.", "qa_outputs.")
 
 @dataclass(frozen=True, slots=True)
 class KeyMapping:
-    """How a checkpoint's tensors fill a model.
+    """The mapping from a checkpoint's tensors to a model's.
 
     Attributes:
         wanted: the tensors to read, by their name in the checkpoint: whose they are in the

@@ -15,11 +15,11 @@ from quintet.quantization import Slot, check_divided
 
 
 class OwnPart:
-    """How to load this process's part of a sharded model.
+    """Loads this process's part of a sharded model.
 
     Attributes:
         shards: what this process has of each tensor, by its name.
-        held: the names of the tensors that it has anything of; None for all.
+        local_names: the names of the tensors that it has anything of; None for all.
 
     Args:
         model: whole, and without memory; it is cut.

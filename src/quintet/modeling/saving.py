@@ -112,7 +112,7 @@ class Shares:
     def shards_of(
         self, name: str, piece: Piece
     ) -> list[tuple[Shard | None, tuple[int, slice] | None]]:
-        """Return what each process holds of a piece and where; None for none."""
+        """Return each process's shard of a piece and its place; None for none."""
         place, found = piece.place, [shards.get(name) for shards in self.shards]
         if place is None:
             return [(shard, None) for shard in found]

@@ -41,7 +41,7 @@ class ScoredHead(ABC):
 
     @abstractmethod
     def sums(self, hidden: Tensor, labels: Tensor, *, mean: bool = False) -> LogitSums:
-        """Return what losses need of the logits, (...); 0 where the label is -100.
+        """Return the losses' statistics of the logits, (...); 0 where the label is -100.
 
         Shapes: hidden (..., C), labels (...).
 

@@ -49,7 +49,7 @@ def segments(
 
 
 def texts_of(segments: Sequence[Segment]) -> Texts | None:
-    """Return which tokens of a packed row are of which row of a cache; None of a rectangle.
+    """Return the cache row of each token of a packed row; None for a rectangle.
 
     All of it is known to the host, which sends it and does not wait.
     """

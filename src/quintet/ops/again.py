@@ -16,7 +16,7 @@ FLOATS = (torch.float32, torch.bfloat16)
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """How to compute an operation and its gradient; see `keeping_inputs`.
+    """A rule to compute an operation and its gradient; see `keeping_inputs`.
 
     Attributes:
         formula: defines it, from the inputs.

@@ -20,7 +20,7 @@ Rounding = Callable[[Tensor, int], Tensor]
 
 
 class Spread(NamedTuple):
-    """How errors are spread.
+    """A matrix by which rounding errors are spread.
 
     Attributes:
         upper: U (I, I), upper triangular with UᵀU = (H + λI)⁻¹. Its row j, divided by the diagonal,
@@ -33,7 +33,7 @@ class Spread(NamedTuple):
 
 
 def spread_of(gram: Tensor, columns: int) -> Spread:
-    """Return how errors are spread, of H = `gram` (I, I) filled up to more columns.
+    """Return the matrix that spreads errors, of H = `gram` (I, I) filled up to more columns.
 
     Columns that were always zero, and those that fill up, take part in nothing.
 

@@ -1,4 +1,4 @@
-"""What a token leaves behind, written to where its sequence lies, in one pass.
+"""Rotates a token's keys and writes them to their sequence's place, in one pass.
 
 Between the maps of attention and attention itself, a token's query and key are rotated, its latent
 is normalised, and what is kept of it is written to its slot: of few tokens, ten small steps.

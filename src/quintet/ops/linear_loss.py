@@ -32,7 +32,7 @@ LARGE_TILE = (1 << 26, 1 << 13)
 
 
 class LogitSums(NamedTuple):
-    """What losses need of the logits of N tokens, each (N,) in float32.
+    """The statistics of the logits of N tokens that losses need, each (N,) in float32.
 
     Attributes:
         log_prob: the logarithm of the probability of the token's id.

@@ -100,7 +100,7 @@ def _page(memory: Memory) -> int:
 
 
 def _filled(pages: Pages, slot: Tensor, page: int) -> Tensor:
-    """Return which slots of each sequence are filled, (n, S)."""
+    """Return a mask (n, S) of the filled slots of each sequence."""
     counts = pages.ends.diff()
     filled = slot < (pages.starts + counts)[:, None]
     if pages.table is None:

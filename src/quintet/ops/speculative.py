@@ -12,7 +12,7 @@ from torch import Tensor
 def keep_likeliest(
     likeliest: Sequence[Sequence[int]], drafted: Sequence[Sequence[int]], counts: Sequence[int]
 ) -> list[int]:
-    """Return how many of each row's drafts match the most likely tokens."""
+    """Return the number of each row's drafts that match the most likely tokens."""
     return [
         _run([a == b for a, b in zip(own, row, strict=False)], count)
         for own, row, count in zip(likeliest, drafted, counts, strict=True)
@@ -63,5 +63,5 @@ def _at(x: Tensor, places: Sequence[int]) -> Tensor:
 
 
 def _run(accepted: Sequence[bool], count: int) -> int:
-    """Return how many of the first `count` are accepted before a rejection."""
+    """Return the number of drafts, of the first `count`, that are accepted before a rejection."""
     return next((place for place in range(count) if not accepted[place]), count)

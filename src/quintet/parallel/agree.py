@@ -52,7 +52,7 @@ class Agreement:
 
     @classmethod
     def of(cls, world: World | None) -> "Agreement | None":
-        """Return that of the processes of a model; None where one has all of it."""
+        """Return the agreement of a model's processes; None if one process has all of it."""
         group = None if world is None else world.groups.get("model")
         if group is None:
             return None
@@ -66,7 +66,7 @@ class Agreement:
     # -- deciding ------------------------------------------------------------------------------
 
     def decided(self, decide: Callable[[], Tensor], device: torch.device | None = None) -> Tensor:
-        """Return what the deciding process makes, integers of any shape, in all processes.
+        """Return the deciding process's result, integers of any shape, in all processes.
 
         Args:
             decide: makes it; called in that process alone.
@@ -249,7 +249,7 @@ def _feed(update: Callable[[bytes], None], value: object) -> None:
 
 
 def _says(value: object) -> Mapping[str, object] | None:
-    """Return what a config says of itself."""
+    """Return the fields of a config, or None if it has none."""
     kinds = (vars(kind) for kind in type(value).__mro__)
     to_dict: Any = next((kind["to_dict"] for kind in kinds if "to_dict" in kind), None)
     fields = to_dict(value) if callable(to_dict) else None
@@ -274,7 +274,7 @@ def _briefly(given: Mapping[str, object], prefix: str = "") -> dict[str, str]:
 def _difference(
     ranks: Sequence[int], given_by_ranks: Sequence[Mapping[str, str]], names: Sequence[str]
 ) -> str:
-    """Say which processes were given what the first was not."""
+    """Describe the arguments in which processes differ from the first."""
     differences = []
     for rank, own in zip(ranks[1:], given_by_ranks[1:], strict=True):
         keys = [

@@ -26,7 +26,7 @@ Sliced = Callable[[nn.Module, Mapping[str, Shard], Sharding], dict[str, Shard]]
 
 
 def shards_of(model: nn.Module, sharding: Sharding, world: World) -> dict[str, Shard]:
-    """Say what this process has of each tensor of a whole model that is saved, by all its names.
+    """Describe this process's part of each saved tensor of a whole model, by all its names.
 
     Raises:
         InputError: units cannot be given out evenly, or the table says nothing of a tensor.
@@ -182,7 +182,7 @@ class Reducing(Summing):
     group: dist.ProcessGroup
 
     def shared_buffer(self) -> SharedBuffer | None:
-        """Return where the processes meet."""
+        """Return the shared buffer of the processes, or None."""
         return shared_buffer_of(self.group)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:

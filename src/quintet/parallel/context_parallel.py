@@ -63,7 +63,7 @@ class Chunks:
         return F.pad(x, (0, 0) * (x.ndim - 2) + (0, self.length - x.shape[1]), value=value)
 
     def of(self, x: Tensor, value: int = 0) -> Tensor:
-        """Return what this process has of rows (B, T, ...), filled up."""
+        """Return this process's part of rows (B, T, ...), padded."""
         chunks = torch.unflatten(self.filled(x, value), 1, (2 * self.count, -1))
         return self.pair(chunks).flatten(1, 2)
 
@@ -78,7 +78,7 @@ class Chunks:
         return total
 
     def joined(self, x: Tensor, dim: int) -> Tensor:
-        """Return what all processes have along a dimension, in order; gradients come back."""
+        """Return all processes' parts joined along a dimension, in order; gradients come back."""
         if torch.is_grad_enabled() and x.requires_grad:
             return _Joined.apply(x, self, dim)  # type: ignore[no-any-return, no-untyped-call]
         return _join(x, self, dim)
@@ -236,7 +236,7 @@ class Sequences:
         self._least = max(kernels, default=1)
 
     def chunks(self, tokens: int) -> Chunks:
-        """Return which tokens of rows of that many are here."""
+        """Return this process's chunks of rows of that many tokens."""
         index, count = self.world.coordinates["cp"], self.world.degrees.cp
         return Chunks(self.world.groups["cp"], index, count, tokens, self._least)
 

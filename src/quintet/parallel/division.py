@@ -87,7 +87,7 @@ class DistributedConfig:
 
     @classmethod
     def of(cls, given: object) -> "DistributedConfig":
-        """Return what was given: one of these, one of Transformers, or a mapping of their names.
+        """Read a config: an instance, Transformers' class, or a mapping of their names.
 
         Raises:
             InputError: it is none of these, or has a name that does not exist.
@@ -111,7 +111,7 @@ class DistributedConfig:
 
 
 def processes() -> int:
-    """Return how many processes there are: in the script's group, or started by a launcher."""
+    """Return the number of processes in the script's group, or started by a launcher."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_world_size()
     return environment_size()
@@ -125,7 +125,7 @@ def asked(
     *,
     auto: bool,
 ) -> DistributedConfig | None:
-    """Return how a model is to be divided; None where this process is to have all of it.
+    """Return the requested division of a model; None if this process is to have all of it.
 
     Args:
         auto: whether it is to go wherever there is room: on all processes of a launcher.
@@ -250,7 +250,7 @@ def _fits(model: nn.Module, tp: int, ep: int = 1) -> bool:
 
 
 def _why(model: nn.Module, tp: int, ep: int = 1) -> str | None:
-    """Say what cannot be given out among so many processes."""
+    """Return why a model cannot be divided among so many processes; None if it can."""
     saved = model.state_dict(keep_vars=True)
     first = {id(tensor): name for name, tensor in reversed(saved.items())}
     shapes = {name: tuple(saved[name].shape) for name in first.values()}

@@ -40,7 +40,7 @@ def balanced(
 def seat_experts(
     loads: Sequence[float], processes: int, *, redundant: int = 0, groups: int = 1, nodes: int = 1
 ) -> tuple[int, ...]:
-    """Return which of E experts stands at each of E + `redundant` seats, process by process.
+    """Return the expert, of E, at each of E + `redundant` seats, process by process.
 
     Where nodes divide the groups among which a router chooses, a group stays on one node, as a
     token that is sent to few groups is then sent to few nodes; otherwise all experts are seated at

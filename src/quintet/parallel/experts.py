@@ -42,7 +42,7 @@ def connect_experts(model: nn.Module, sharding: Sharding, world: World) -> None:
 
 
 def lockstep_of(model: object) -> Lockstep | None:
-    """Return what keeps a model's processes in step; None where they have the same texts."""
+    """Return the lockstep of a model's processes; None if they have the same texts."""
     if not isinstance(model, nn.Module):
         return None
     exchanges = (vars(module).get("forward") for module in model.modules())
@@ -101,12 +101,12 @@ class OwnExperts:
     inner: Forward | None = None
 
     def through(self, inner: Forward) -> "OwnExperts":
-        """Return the same where something else runs the own experts."""
+        """Return a copy in which `inner` runs the own experts."""
         return replace(self, inner=inner)
 
     @property
     def own(self) -> int:
-        """How many experts this process has."""
+        """The number of this process's experts."""
         return self.seats // self.count
 
     def seated(self, indices: Tensor) -> Tensor:
@@ -164,7 +164,7 @@ class Exchange:
     count: int
 
     def through(self, inner: Forward) -> "Exchange":
-        """Return the same where something else runs the own experts."""
+        """Return a copy in which `inner` runs the own experts."""
         return replace(self, own_experts=self.own_experts.through(inner))
 
     def __call__(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:

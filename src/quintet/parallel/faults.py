@@ -1,4 +1,4 @@
-"""Why a process of several ends: it tells the others, and finds out which of them failed.
+"""Reports why a process of several ends, and finds out which of them failed.
 
 Connections break one after the other where one process fails, and say of none why. So each process
 leaves a word where all find it before it ends; who left none is dead, or stands still. A thread
@@ -130,7 +130,7 @@ class Watch:
             time.sleep(0.02)
 
     def _let_read(self) -> None:
-        """Say that this process needs the words no more; who keeps them waits for the others."""
+        """Wait, in the process that keeps the store, until the others have read the words."""
         with suppress(RuntimeError):
             if not self.keeps:
                 self.store.add("read", 1)
@@ -228,7 +228,7 @@ class Watch:
         self._say_once(_by(number))
 
     def leave(self) -> None:
-        """Say that this process is at its end, and take it out of the group."""
+        """Mark this process as ended, and take it out of the group."""
         if threading.current_thread() is threading.main_thread():
             # It is about to end.
             signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -279,7 +279,7 @@ def begin(watch: Watch) -> None:
 
 
 def watch() -> Watch | None:
-    """Return what watches over this process; None where it is the only one."""
+    """Return the watch over this process; None if it is the only one."""
     hook = sys.excepthook
     return hook.watch if isinstance(hook, _Hook) else None
 
@@ -316,7 +316,7 @@ def collective() -> Iterator[None]:
 
 
 def _kind(error: BaseException, *, inside: bool) -> Kind:
-    """Say of an error, raised inside of a collective or elsewhere, what it is about."""
+    """Classify an error, raised inside a collective or elsewhere."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
     text = str(error)

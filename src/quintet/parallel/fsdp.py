@@ -32,7 +32,7 @@ class Root(nn.Module):
         self.model = model
 
     def forward(self, call: Callable[[], T]) -> T:
-        """Return what a call makes of the model."""
+        """Return the result of a call that runs the model."""
         return call()
 
 
@@ -102,7 +102,7 @@ def divide(
 
 
 def _ready(root: Root, own: Mapping[str, Tensor]) -> Root:
-    """Return what a model is run through, whose slices are in place and add up."""
+    """Return the model to run, with its slices in place and gradients that add up."""
     from torch.distributed.fsdp import FSDPModule
 
     _put_back(root.model, own)

@@ -102,7 +102,7 @@ def _tell(value: dict[str, Any], world: World) -> None:
 
 
 def _hear(rank: int, world: World) -> dict[str, Any]:
-    """Return what a process tells the first."""
+    """Receive the description of a tensor from a process."""
     size = torch.zeros(1, dtype=torch.long, device=world.device)
     dist.recv(size, src=rank)
     text = torch.empty(int(size), dtype=torch.uint8, device=world.device)
@@ -112,7 +112,7 @@ def _hear(rank: int, world: World) -> dict[str, Any]:
 
 
 def own_part(tensor: Tensor) -> Tensor:
-    """Return what a process has of a tensor before batches were divided: FSDP's slices, joined.
+    """Return a process's tensor before batches were divided: FSDP's slices, joined.
 
     Where FSDP divided it, all processes that share it have to call this.
     """

@@ -54,7 +54,7 @@ class Launch:
 
 
 def launched() -> Launch | None:
-    """Return what a launcher said to this process; None without one, or if it started no other.
+    """Read a launcher's variables; None without a launcher, or if it started one process.
 
     Raises:
         DistributedError: something of that is missing, or makes no sense.
@@ -93,7 +93,7 @@ def launched() -> Launch | None:
 
 
 def timeout_of(seconds: float | None) -> float:
-    """Return how many seconds processes wait for each other: as given, or as the environment says.
+    """Return the timeout in seconds of processes for each other: given, or of the environment.
 
     Raises:
         InputError: it is no positive number.
@@ -110,7 +110,7 @@ def timeout_of(seconds: float | None) -> float:
 
 
 def own_device(kind: str | None = None) -> torch.device:
-    """Return where this process computes: the GPU of its local rank, or the CPU.
+    """Return the device of this process: the GPU of its local rank, or the CPU.
 
     Args:
         kind: "cpu" or "cuda"; what there is if not given.

@@ -61,7 +61,7 @@ class Parts:
     def _along(
         self, axis: str, shapes: Mapping[str, tuple[int, ...]], table: Sharding
     ) -> list[dict[str, Shard]]:
-        """Return what each process along an axis has, in their order."""
+        """Return the shards of each process along an axis, in their order."""
         world = self._world
         group = world.groups.get(axis)
         ranks = [world.rank] if group is None else dist.get_process_group_ranks(group)
@@ -104,7 +104,7 @@ class Parts:
         return () if own.whole else tuple(own.ranges)
 
     def squared(self, name: str, gradient: Tensor, common: Sequence[Common]) -> Tensor:
-        """Return what this process adds to the squared norm of a gradient: what all have, once."""
+        """Return this process's part of a gradient's squared norm; replicated parts count once."""
         squared = _squared(gradient)
         if name in self.apart:
             return squared
@@ -158,7 +158,7 @@ class ParallelLayout:
         }
 
     def run(self, call: Callable[[], T]) -> T:
-        """Return what a call makes of the model."""
+        """Return the result of a call that runs the model."""
         if self.root is None:
             return call()
         found: T
@@ -206,7 +206,7 @@ class ParallelLayout:
             yield from to_first(own, self.world)
 
     def local(self, tensor: Tensor) -> Tensor:
-        """Return what this process has of a parameter or its gradient: the numbers, no copy."""
+        """Return this process's part of a parameter or its gradient, without a copy."""
         if not _is_divided(tensor):
             return tensor
         with torch.no_grad():
@@ -294,14 +294,14 @@ class ParallelLayout:
         return tensor if self.parts is None else self.parts.whole(name, tensor)
 
     def part(self, name: str, tensor: Tensor) -> Tensor:
-        """Return what this process has of a whole tensor."""
+        """Return this process's part of a whole tensor."""
         if self.parts is not None:
             tensor = self.parts.own[name].of(tensor)
         start, end = self._slice(name, len(tensor))
         return tensor.narrow(0, start, end - start)
 
     def _slice(self, name: str, rows: int) -> tuple[int, int]:
-        """Return which rows this process has of a tensor, of all its part along tp has."""
+        """Return the start and end of this process's rows, within its part along tp."""
         if name not in self._rows:
             return 0, rows
         return own_rows(self._rows[name], self._axis(name), self.world)

@@ -34,7 +34,7 @@ class Block(Protocol):
 
     @property
     def own(self) -> int:
-        """How many experts this process has."""
+        """The number of this process's experts."""
         ...
 
     def run_sent(self, rows: Tensor, counts: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ class Block(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Meeting:
-    """What passes between the processes at a block.
+    """The counts and layout of the tokens exchanged at a block.
 
     Attributes:
         block: which one it is, from 1.
@@ -129,7 +129,7 @@ class Lockstep:
     def _meet(
         self, head: tuple[int, int, int], counts: Tensor | None = None
     ) -> tuple[Meeting | None, bool]:
-        """Say where this process is; return whose turn it is, and whether all say the same."""
+        """Announce this process's place; return whose turn it is, and whether all agree."""
         self._over = True
         if self._interrupts.take():
             head, counts = (INTERRUPTED, 0, 0), None
@@ -240,12 +240,12 @@ class Lockstep:
 
 
 def _rows(head: list[int], block: int) -> int:
-    """Return how many rows a process sends, of what it told."""
+    """Return the number of rows that a process sends, from its head."""
     return sum(head[HEAD:]) if head[0] == block else 0
 
 
 def _end_of(error: BaseException, agreement: Agreement | None) -> int | None:
-    """Return how an error ends a process; None where others with its texts do not know of it."""
+    """Return the exception by which an error ends a process; None if no other depends on it."""
     if agreement is None:
         return FAILED if isinstance(error, Exception) else None
     ours = isinstance(error, QuintetError) and not isinstance(error, DoesNotFitError)

@@ -202,7 +202,7 @@ class Pipeline:
 
 
 def layout_of(schedule: Schedule, runs_each: int = 2) -> tuple[int, bool]:
-    """Return how many stages each process has in a schedule, and whether back and forth.
+    """Return the number of stages per process in a schedule, and whether they go back and forth.
 
     Args:
         schedule: the order of forwards and backwards.

@@ -1,4 +1,4 @@
-"""Which part of a tensor a process holds; needs no processes."""
+"""The part of a tensor that a process holds; needs no processes."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +24,7 @@ class Place:
     etp: tuple[int, int] = (0, 1)
 
     def along(self, axis: Axis) -> tuple[int, int]:
-        """Return which process this is along an axis, and of how many."""
+        """Return this process's index along an axis, and the number of processes."""
         return {"tp": self.tp, "ep": self.ep, "etp": self.etp}[axis]
 
 
@@ -82,7 +82,7 @@ class Shard:
         return all(list(ranges) == sorted(set(ranges)) for ranges in self.ranges.values())
 
     def of(self, tensor: Tensor) -> Tensor:
-        """Return what the process has of a whole tensor: a view where it is one piece."""
+        """Return the process's part of a whole tensor: a view if it is one piece."""
         if self.zero:
             return torch.zeros_like(tensor)
         for dim, ranges in self.ranges.items():
@@ -91,7 +91,7 @@ class Shard:
         return tensor
 
     def rows(self, start: int, end: int) -> "Shard":
-        """Return what is left of it of some rows of what the process has, from start to end."""
+        """Return the shard of the rows from `start` to `end` of this part."""
         found, at = [], 0
         for first, last in self.ranges.get(0, ((0, self.shape[0]),)):
             own = max(start - at, 0), min(end - at, last - first)
@@ -101,7 +101,7 @@ class Shard:
         return replace(self, ranges={**self.ranges, 0: tuple(found) or ((0, 0),)}, common=())
 
     def piece(self, index: int, rows: slice) -> tuple["Shard", tuple[int, slice]] | None:
-        """Say what the process has of some rows of a matrix of a stack (E, O, I), and where.
+        """Return the part of some rows of a matrix of a stack (E, O, I), and its place.
 
         Returns what it has of these rows, and its own index of the matrix and of the rows; None
         where it has nothing of them.
@@ -206,7 +206,7 @@ def _check_seats(path: str, order: tuple[int, ...], experts: int, count: int) ->
 
 
 def place(names: Mapping[str, tuple[int, ...]], sharding: Sharding, at: Place) -> dict[str, Shard]:
-    """Say what a process has of each tensor of a model, by its name and whole shape.
+    """Return a process's shard of each tensor of a model, by its name and whole shape.
 
     Raises:
         InputError: units cannot be given out evenly, or the table says nothing of a tensor.
@@ -259,7 +259,7 @@ def cuts_of(name: str, sharding: Sharding) -> tuple[Cut, ...]:
 
 
 def shard_of(name: str, shape: tuple[int, ...], cuts: tuple[Cut, ...], at: Place) -> Shard:
-    """Say what a process has of one tensor.
+    """Return a process's shard of one tensor.
 
     Raises:
         InputError: units cannot be given out evenly, or are not what the tensor consists of.
@@ -293,7 +293,7 @@ def shard_of(name: str, shape: tuple[int, ...], cuts: tuple[Cut, ...], at: Place
 
 
 def _units(section: Section, index: int, count: int, axis: Axis) -> Range:
-    """Return which units of a section the process `index` of `count` has."""
+    """Return the units of a section that process `index` of `count` has."""
     units = section.count
     if section.uneven:
         most = -(-units // count)

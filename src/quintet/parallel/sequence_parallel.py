@@ -29,7 +29,7 @@ from quintet.sharding import Sharding
 
 
 class Slices:
-    """How tokens are cut in sequence parallelism, and whose gradients are partial sums.
+    """The cut of tokens in sequence parallelism, and the gradients that are partial sums.
 
     Attributes:
         partial: the parameters that learn from a slice.
@@ -116,7 +116,7 @@ def _in_place(hooks: MutableMapping[int, Any], kind: type[object], hook: object)
 def _regions(
     model: nn.Module, layers: list[nn.Module], sharding: Sharding
 ) -> Iterator[tuple[nn.Module, nn.Module]]:
-    """Yield where the regions of layers begin and end: a module that is called with all tokens.
+    """Yield the modules that begin and end regions of layers, and see all tokens.
 
     A block that reads embeddings beside its input is one, as those are whole.
     """
@@ -192,7 +192,7 @@ class _LeaveParts(Summing):
     slices: Slices
 
     def shared_buffer(self) -> SharedBuffer | None:
-        """Return where the processes meet."""
+        """Return the shared buffer of the processes, or None."""
         return shared_buffer_of(self.slices.group)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:

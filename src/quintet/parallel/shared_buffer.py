@@ -44,7 +44,7 @@ def sum_in_place(x: Tensor, group: dist.ProcessGroup) -> None:
 
 
 def join(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Return what all processes of a group have, one behind the other in a new first axis.
+    """Gather the tensors of all processes of a group along a new first axis.
 
     Raises:
         RankFailedError: one of them has ended, or did not come in time.

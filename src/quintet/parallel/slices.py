@@ -33,7 +33,7 @@ class Slices:
         shards: Mapping[str, Shard],
         sharding: Sharding,
     ) -> dict[str, Shard]:
-        """Return what this process has of each tensor, given what it would have without slices.
+        """Return this process's part of each tensor, from its part without slices.
 
         Args:
             dtypes: of its parameters, by all their names.
@@ -54,7 +54,7 @@ class Slices:
 
 
 def own_rows(rows: int, axis: str, world: World) -> tuple[int, int]:
-    """Return which of some rows this process has, that are divided along an axis."""
+    """Return this process's range of rows that are divided along an axis."""
     bounds = [0, *accumulate(widths(rows, world.degrees.of(axis)))]
     index = world.coordinates[axis]
     return bounds[index], bounds[index + 1]

@@ -42,7 +42,7 @@ class Decoder(Protocol):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What states are in."""
+        """The dtype of states."""
         ...
 
 
@@ -139,7 +139,7 @@ class Stages:
         return tuple(stage for stage, owner in enumerate(self.processes) if owner == process)
 
     def shared(self) -> dict[str, tuple[int, ...]]:
-        """Return who has a tensor, of those that several have."""
+        """Return the processes of each tensor that several have."""
         found: dict[str, tuple[int, ...]] = {}
         for name in sorted(frozenset().union(*self.names)):
             holders = tuple(i for i, names in enumerate(self.names) if name in names)
@@ -151,7 +151,7 @@ class Stages:
 def owners(
     count: int, runs_each: int = 1, *, folded: bool = False, backwards: bool = False
 ) -> tuple[int, ...]:
-    """Return which of `count` processes has each stage; see `stages_of`."""
+    """Return the process, one of `count`, of each stage; see `stages_of`."""
     if backwards:
         return tuple(reversed(owners(count, runs_each, folded=folded)))
     turns = (divmod(stage, count) for stage in range(count * runs_each))
@@ -255,7 +255,7 @@ def decoder_of(model: nn.Module) -> Decoder:
 
 
 def heads_of(model: nn.Module) -> dict[str, nn.Module]:
-    """Return what a model has beside that, by name."""
+    """Return a model's modules besides its base model, by name."""
     if not _base(model)[0]:
         return {}
     return {name: child for name, child in model.named_children() if "layers" not in child._modules}

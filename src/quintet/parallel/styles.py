@@ -11,7 +11,7 @@ NUMBERS = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
 def plan_of(model: nn.Module) -> dict[str, str]:
-    """Return how each matrix is cut along tp, by its name; numbers of layers are "*".
+    """Return the cut of each matrix along tp by its name; layer numbers are "*".
 
     "colwise" are a map's outputs, "rowwise" its inputs; "packed_colwise" outputs that are several
     in one, of which each is cut by itself.

@@ -15,7 +15,7 @@ from quintet.parallel.world import World
 
 
 def widths(vocabulary: int, count: int) -> list[int]:
-    """Return how many ids each of `count` processes has; the last may have fewer."""
+    """Return the number of ids of each of `count` processes; the last may have fewer."""
     most = -(-vocabulary // count)
     return [min((i + 1) * most, vocabulary) - min(i * most, vocabulary) for i in range(count)]
 
@@ -108,7 +108,7 @@ class OtherIds:
 
 
 def spread_ids(head: nn.Module) -> OtherIds | None:
-    """Return who has the other ids of a head; None if it is whole, or more was put around it."""
+    """Return the processes with a head's other ids; None if it is whole or wrapped otherwise."""
     before, after = list(head._forward_pre_hooks.values()), list(head._forward_hooks.values())
     if [type(hook) for hook in before + after] != [_EnterHead, _JoinLogits]:
         return None

@@ -51,18 +51,18 @@ class Degrees:
             )
 
     def of(self, axis: str) -> int:
-        """Return how many processes there are along an axis."""
+        """Return the number of processes along an axis."""
         sizes = {"tp": self.tp, "cp": self.cp, "fsdp": self.fsdp, "dp": self.dp, "pp": self.pp}
         copies = self.tp * self.cp * self.fsdp // self.ep if self.ep > self.tp else 1
         return {**sizes, "ep": self.ep, "etp": max(self.tp // self.ep, 1), "copies": copies}[axis]
 
     @property
     def size(self) -> int:
-        """How many processes there are."""
+        """The number of processes."""
         return self.tp * self.cp * self.fsdp * self.dp * self.pp
 
     def coordinates(self, rank: int) -> dict[str, int]:
-        """Return where a process is along each axis."""
+        """Return the coordinates of a process along each axis."""
         found = {}
         for axis in reversed(DENSE):
             rank, found[axis] = divmod(rank, self.of(axis))
@@ -72,7 +72,7 @@ class Degrees:
         return {**found, "etp": inner % etp, "ep": inner // etp % self.ep, "copies": copy}
 
     def place(self, rank: int) -> Place:
-        """Return which part of the model a process has."""
+        """Return the part of the model that a process has."""
         at = self.coordinates(rank)
         return Place(
             tp=(at["tp"], self.tp), ep=(at["ep"], self.ep), etp=(at["etp"], self.of("etp"))
@@ -154,7 +154,7 @@ class World:
 
     @property
     def share(self) -> tuple[int, int]:
-        """Which of the groups with texts of their own this process is in, and of how many."""
+        """The index of this process's group of texts, and the number of groups."""
         at, degrees = self.coordinates, self.degrees
         return at["dp"] * degrees.fsdp + at["fsdp"], degrees.dp * degrees.fsdp
 
@@ -180,7 +180,7 @@ def _lines(places: list[dict[str, int]], axis: str) -> list[list[int]]:
 
 
 def _copy(rank: int, places: list[dict[str, int]], axis: str) -> int:
-    """Return which copy of the experts a process has: where several have the same part."""
+    """Return the index of a process's copy of the experts, if several have the same part."""
     own = places[rank]
     same = ("pp", "dp", "ep", "etp")
     before = [r for r in range(rank) if all(places[r][a] == own[a] for a in same)]
@@ -188,7 +188,7 @@ def _copy(rank: int, places: list[dict[str, int]], axis: str) -> int:
 
 
 def environment_size() -> int:
-    """Return how many processes a launcher such as torchrun started; 1 without one."""
+    """Return the number of processes that a launcher such as torchrun started; 1 without one."""
     try:
         return int(os.environ.get("WORLD_SIZE", "1"))
     except ValueError:

@@ -69,11 +69,11 @@ class Marks:
 
 
 def longest_overlap(text: str, markers: Iterable[str]) -> int:
-    """Return how many last characters may begin one of several markers."""
+    """Return the number of last characters that may begin one of several markers."""
     return max((_overlap(text, marker) for marker in markers), default=0)
 
 
 def _overlap(text: str, marker: str) -> int:
-    """Return how many last characters may begin a marker."""
+    """Return the number of last characters that may begin a marker."""
     most = min(len(text), len(marker) - 1)
     return next((n for n in range(most, 0, -1) if text.endswith(marker[:n])), 0)

@@ -47,7 +47,7 @@ class Options:
 
     @property
     def strategy(self) -> str:
-        """How tokens are put together."""
+        """The way in which tokens are grouped."""
         return self.aggregation_strategy.lower()
 
 

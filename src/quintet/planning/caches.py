@@ -66,9 +66,9 @@ def _of_token(config: PreTrainedConfig, tp: int) -> tuple[int, int]:
     layers = len(config.attention_layers())
     if not layers:
         return 0, 0
-    each, heads = config.cache_numbers()[0] // layers, int(vars(config)["num_key_value_heads"])
-    kept = max(heads // tp, 1)
-    return each // heads * kept, 2 * kept
+    numbers, heads = config.cache_numbers()[0] // layers, int(vars(config)["num_key_value_heads"])
+    local_heads = max(heads // tp, 1)
+    return numbers // heads * local_heads, 2 * local_heads
 
 
 def _of_row(config: Zamba2Config, tp: int) -> int:

@@ -52,7 +52,7 @@ class Network:
         return nbytes / link.bandwidth + link.latency
 
     def _levels(self, count: int) -> tuple[int, int]:
-        """Return how many of `count` ranks beside each other are in a node, and of how many."""
+        """Return how many of `count` adjacent ranks are in a node, and the number of nodes."""
         inside = min(count, self.world.per_node)
         return inside, -(-count // inside)
 

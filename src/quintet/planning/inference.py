@@ -71,7 +71,7 @@ class Footprint:
 
     @property
     def weights(self) -> int:
-        """Those of all kinds."""
+        """The sum over all kinds."""
         return sum(self.kinds.values())
 
     @property
@@ -80,12 +80,12 @@ class Footprint:
         return self.weights + self.cache + self.working
 
     def rows_in(self, room: float, context: int) -> int:
-        """Return how many rows of a group a cache of `room` bytes has."""
-        each = self.token * context + self.row
-        return int(max(room, 0) // each) if each else 0
+        """Return the number of a group's rows that a cache of `room` bytes has."""
+        per_row = self.token * context + self.row
+        return int(max(room, 0) // per_row) if per_row else 0
 
     def tokens_in(self, room: float) -> int:
-        """Return how many tokens of one row a cache of `room` bytes has."""
+        """Return the number of one row's tokens that a cache of `room` bytes has."""
         return int(max(room - self.row, 0) // self.token) if self.token else 0
 
 
@@ -105,12 +105,12 @@ class Pace:
 
     @property
     def seconds(self) -> float:
-        """How long a round is expected to take."""
+        """The expected seconds of a round."""
         return sum(self.expected.values())
 
     @property
     def tokens_per_second(self) -> float:
-        """What is expected."""
+        """The expected tokens per second."""
         return self.tokens / self.seconds
 
     @property
@@ -119,12 +119,12 @@ class Pace:
         return self.tokens / max(self.least.values())
 
     def nodes(self, tokens_per_second: float, world: World) -> float:
-        """Return how many of a world's nodes, in worlds like it, so many tokens are expected of."""
+        """Return the number of nodes like those of `world` that this pace needs."""
         return tokens_per_second / self.tokens_per_second * world.nodes
 
     @property
     def bound(self) -> str:
-        """What takes longest at the peaks."""
+        """The kind of cost that takes longest at the peaks."""
         return max(self.least, key=lambda cause: self.least[cause])
 
 
@@ -157,16 +157,16 @@ def decode(model: Model, split: Split, work: Workload, network: Network) -> Pace
     """Estimate decoding, each row at the end of its context."""
     rows = work.rows_of(split)
     parts = min(split.pp, rows)
-    each = -(-rows // parts)
+    rows_of_part = -(-rows // parts)
     layers = cache_layers(model.config, split.tp)
-    slowest = _Step(model, split, work, network, each, work.context, absorbed=True)
+    slowest = _Step(model, split, work, network, rows_of_part, work.context, absorbed=True)
     costs = []
     for stage in model.stages(split):
-        kept = sum(
+        elements = sum(
             token_bytes(layers[i], work.cache_dtype) * work.context + 8 * layers[i].state
             for i in stage.layers
         )
-        costs.append(slowest.costs(stage, each * kept, logits=each))
+        costs.append(slowest.costs(stage, rows_of_part * elements, logits=rows_of_part))
     expected, least = _longest(costs)
     # A token has been through all stages before its row's next one begins.
     return Pace(float(work.rows), _times(expected, split.pp), _times(least, split.pp))
@@ -230,7 +230,7 @@ class _Step:
         return stage.share.read + stage.share.routed_read * self.model.hit(self._met())
 
     def _met(self) -> float:
-        """Return how many tokens the experts of this device may be sent."""
+        """Return the number of tokens that the experts of this device may be sent."""
         groups = self.split.ep // self.split.tp if self.split.exchanges else 1
         return self.tokens * groups
 
@@ -266,14 +266,14 @@ class _Step:
         if t == 1:
             return 0.0
         states = self.tokens * config.hidden_size * self.work.itemsize
-        each = self.network.all_reduce(states, t)
-        seconds = each * sum(sums_of(config, i) for i in stage.layers)
+        per_sum = self.network.all_reduce(states, t)
+        seconds = per_sum * sum(sums_of(config, i) for i in stage.layers)
         if self.split.exchanges:
             # What was exchanged is gathered, where a sum would have been.
             gathered = self.network.gather(states, t)
-            seconds -= (each - gathered) * self._routed_layers(stage)
+            seconds -= (per_sum - gathered) * self._routed_layers(stage)
         if 0 in stage.layers:
-            seconds += each
+            seconds += per_sum
         if config.num_hidden_layers - 1 in stage.layers:
             seconds += self.network.gather(logits * config.vocab_size * 4, t)
         return seconds
@@ -296,7 +296,7 @@ class _Step:
 
 
 def sums_of(config: object, layer: int) -> int:
-    """Return how often the parts of a layer are summed."""
+    """Return the number of sums over tensor-parallel processes in a layer."""
     if isinstance(config, Zamba2Config):
         return 3 if layer in config.hybrid_layer_ids else 1
     return 2

@@ -52,12 +52,12 @@ class Choice:
 
     @property
     def pace(self) -> Pace:
-        """What splits are compared by."""
+        """The key by which splits are compared."""
         return self.decode
 
     @property
     def tokens(self) -> int:
-        """How many tokens the cache of one group has room for."""
+        """The number of tokens that the cache of one group has room for."""
         return self.memory.tokens_in(self.room - self.memory.weights - self.memory.working)
 
 
@@ -80,7 +80,7 @@ class Plan(Generic[AnyChoice]):
 
     Attributes:
         model: what is planned.
-        held: how its matrices are held; None for plain numbers.
+        quantized: how its matrices are held; None for plain numbers.
         world: all devices.
         device: each of them.
         choices: splits that fit, the best first.
@@ -90,7 +90,7 @@ class Plan(Generic[AnyChoice]):
     """
 
     model: Model
-    held: QuantizationConfig | None
+    quantized: QuantizationConfig | None
     world: World
     device: Device
     choices: Sequence[AnyChoice]
@@ -112,10 +112,10 @@ class Plan(Generic[AnyChoice]):
         if self.choices:
             return self.choices[0]
         need, room = self.nearest.memory.total, self.nearest.room
-        said = f"; it would with {', or '.join(self.remedies)}" if self.remedies else ""
+        advice = f"; it would with {', or '.join(self.remedies)}" if self.remedies else ""
         raise DoesNotFitError(
             f"no split fits: with {self.nearest.split} a device needs {need / 1e9:.2f} GB, and "
-            f"{room / 1e9:.2f} GB of each {self.device.name} can be planned with{said}"
+            f"{room / 1e9:.2f} GB of each {self.device.name} can be planned with{advice}"
         )
 
 
@@ -156,7 +156,7 @@ def plan_inference(
     limits: Limits | None = None,
     redundant: int = 0,
 ) -> Plan[Choice]:
-    """Say what generating needs in a world, and how to split the model over it.
+    """Plan generation in a world: its memory, its pace, and the split of the model over it.
 
     Args:
         config: the model's.
@@ -186,10 +186,10 @@ def plan_inference(
 
         return _try(choose, world, limits or Limits(), experts=bool(model.experts), train=False)
 
-    model, held = model_in(quantize)
+    model, stored = model_in(quantize)
 
     def remedies() -> Iterator[str]:
-        for form in _smaller(quantize, held, device):
+        for form in _smaller(quantize, stored, device):
             if tried(model_in(form)[0], world, work).fit:
                 yield f"--quantize {form}"
                 break
@@ -209,7 +209,7 @@ def plan_inference(
                 yield f"--world {larger}"
                 break
 
-    return _plan(model, held, world, device, tried(model, world, work), remedies)
+    return _plan(model, stored, world, device, tried(model, world, work), remedies)
 
 
 def plan_training(
@@ -220,7 +220,7 @@ def plan_training(
     *,
     limits: Limits | None = None,
 ) -> Plan[TrainingChoice]:
-    """Say what training needs in a world, and how to split the model over it.
+    """Plan training in a world: its memory, its pace, and the split of the model over it.
 
     Args:
         config: the model's; it is trained in plain numbers.
@@ -269,7 +269,7 @@ class _Tried(Generic[AnyChoice]):
 
     @property
     def fit(self) -> Sequence[AnyChoice]:
-        """Those that fit, the best first: of equal pace, fewer stages, and whole experts."""
+        """The splits that fit, best first: of equal pace, fewer stages, and whole experts."""
         return sorted(
             (one for one in self.found if one.memory.total <= one.room),
             key=lambda one: (-one.pace.tokens_per_second, one.split.pp, -one.split.ep),
@@ -296,7 +296,7 @@ def _try(
 
 def _plan(
     model: Model,
-    held: QuantizationConfig | None,
+    stored: QuantizationConfig | None,
     world: World,
     device: Device,
     tried: _Tried[AnyChoice],
@@ -306,8 +306,8 @@ def _plan(
         raise InputError(_nothing(world, tried.misfits))
     fit = tried.fit
     nearest = min(tried.found, key=lambda one: one.memory.total)
-    said = [] if fit else list(remedies())
-    return Plan(model, held, world, device, fit, nearest, tried.misfits, said)
+    remedies_found = [] if fit else list(remedies())
+    return Plan(model, stored, world, device, fit, nearest, tried.misfits, remedies_found)
 
 
 def _choice(model: Model, split: Split, device: Device, work: Workload, network: Network) -> Choice:
@@ -326,12 +326,12 @@ def _choice(model: Model, split: Split, device: Device, work: Workload, network:
     )
 
 
-def _smaller(quantize: str | None, held: QuantizationConfig | None, device: Device) -> list[str]:
+def _smaller(quantize: str | None, stored: QuantizationConfig | None, device: Device) -> list[str]:
     """Return the formats that take fewer bytes than the one there is."""
     forms = ["fp8", "int8", "int4"] if device.fp8 else ["int8", "int4"]
     if quantize in forms:
         return forms[forms.index(quantize) + 1 :]
-    return forms if held is None else ["int4"]
+    return forms if stored is None else ["int4"]
 
 
 def _halves(number: int, least: int) -> Iterator[int]:

@@ -108,12 +108,12 @@ class Model:
         self._known: dict[tuple[Hashable, ...], Any] = {}
 
     def of_layer(self, layer: int) -> Sequence[Weight]:
-        """Return what a layer has, what it shares with others included."""
+        """Return a layer's weights, those that it shares with others included."""
         return self._layers.get(layer, ())
 
     @property
     def parameters(self) -> int:
-        """How many numbers there are, of redundant experts one copy."""
+        """The number of parameters, counting one copy of redundant experts."""
         return sum(w.count for w in self.weights if not w.name.endswith(".inv_freq"))
 
     @property
@@ -128,8 +128,8 @@ class Model:
     @property
     def products(self) -> float:
         """The multiplications of one token and its logits by weights."""
-        each = (self._chosen(w) * w.count * w.uses for w in self.weights if _multiplies(w))
-        return float(sum(each))
+        products = (self._chosen(w) * w.count * w.uses for w in self.weights if _multiplies(w))
+        return float(sum(products))
 
     def _chosen(self, weight: Weight) -> float:
         return self.active / self.experts if weight.kind == ROUTED else 1.0
@@ -141,7 +141,7 @@ class Model:
         return float(1 - (1 - min(self.active / self.experts, 1.0)) ** tokens)
 
     def stages(self, split: Split) -> Sequence[Stage]:
-        """Return what the devices of each stage have.
+        """Return the shares of the devices of each stage.
 
         Raises:
             InputError: some matrix, or the layers, cannot be shared so.
@@ -169,7 +169,7 @@ class Model:
         return self.remembered(key, lambda: self._with_copies(first, split).local(split.counts))
 
     def remembered(self, key: tuple[Hashable, ...], make: Callable[[], Found]) -> Found:
-        """Return what was found for a key, found when it is first asked for."""
+        """Return the value of a key, computed at the first request."""
         if key not in self._known:
             self._known[key] = make()
         found: Found = self._known[key]
@@ -193,20 +193,20 @@ class Model:
     def _stage(
         self, layers: range, shares: Mapping[Place, Share], *, before: bool, last: bool
     ) -> Stage:
-        share, each = Share(), dict.fromkeys(layers, 0)
+        share, experts_of_layer = Share(), dict.fromkeys(layers, 0)
         for place, part in shares.items():
-            own = [layer for layer in place if layer in each]
+            own = [layer for layer in place if layer in experts_of_layer]
             if own:
                 # What several layers have is on every stage with one of them.
                 share.add(part, len(own) / len(place))
                 for layer in own:
-                    each[layer] += sum(part.counts.values())
+                    experts_of_layer[layer] += sum(part.counts.values())
         if before:
             # Of a tied embedding it is the last stage that multiplies by it.
             share.add(shares[_BEFORE], 1.0 if last else 0.0)
         if last:
             share.add(shares[_BEHIND])
-        return Stage(layers, share, max(each.values()))
+        return Stage(layers, share, max(experts_of_layer.values()))
 
     def _local(self, split: Split) -> dict[Place, Share]:
         return self.remembered(("shares", split.tp, split.ep), lambda: self._summed(split))

@@ -129,14 +129,14 @@ def training_footprint(model: Model, split: Split, work: Training) -> TrainingFo
     found = []
     stages = model.stages(split)
     for number, stage in enumerate(stages):
-        kept = stage.share.others / split.fsdp + stage.share.routed / split.expert_fsdp
+        parameters = stage.share.others / split.fsdp + stage.share.routed / split.expert_fsdp
         # Until its backward comes, a stage keeps as many parts as there are stages behind it.
         waiting = min(work.parts(split), split.pp - number)
         last = number == split.pp - 1
         found.append(
             TrainingFootprint(
-                weights=round(MASTER * kept),
-                gradients=round(work.gradient * kept),
+                weights=round(MASTER * parameters),
+                gradients=round(work.gradient * parameters),
                 optimizer=round(_optimizer(stage, split, work)),
                 copies=_copies(stage, split, work),
                 activations=waiting * _activations(model, stage, split, work),
@@ -175,33 +175,33 @@ def _activations(model: Model, stage: Stage, split: Split, work: Training) -> in
             _numbers(model, layer, split, work) for layer in range(model.config.num_hidden_layers)
         ],
     )
-    each = [all_layers[layer] for layer in stage.layers]
+    per_layer = [all_layers[layer] for layer in stage.layers]
     slices = split.tp if work.sequence_parallel else 1
-    kept = width / slices * len(each) + max(each) if work.recompute else sum(each)
+    stored = width / slices * len(per_layer) + max(per_layer) if work.recompute else sum(per_layer)
     # Around the layers: vectors of ids, and the last norm's input and output, in float32.
     around = (2 + 1 / slices) * width
-    return round(tokens * (kept * work.itemsize + around * 4))
+    return round(tokens * (stored * work.itemsize + around * 4))
 
 
 def _numbers(model: Model, layer: int, split: Split, work: Training) -> float:
     """Return the numbers kept per token in a layer on a device."""
-    kept = 0.0
+    stored = 0.0
     for weight in model.of_layer(layer):
         shape = model.part(weight, split)
         if weight.kind == ROUTED:
             if len(shape) == 3 and weight.name.endswith("down_proj"):
                 # As many of a token's experts as there are here on average.
                 sent = model.active * (1 / split.tp if split.exchanges else 1 / split.ep)
-                kept += kept_of_maps(work.kernels) * sent * expert_numbers(shape[1], shape[2])
+                stored += kept_of_maps(work.kernels) * sent * expert_numbers(shape[1], shape[2])
         elif len(shape) == 2 and not weight.name.endswith("mlp.gate.weight"):
             share = weight.uses / len(weight.layers) if weight.uses else 0.0
-            kept += kept_of_maps(work.kernels) * sum(shape) * share
+            stored += kept_of_maps(work.kernels) * sum(shape) * share
         elif weight.name.endswith("mamba.norm.weight"):
-            kept += kept_of_scans(work.kernels) * shape[0]
+            stored += kept_of_scans(work.kernels) * shape[0]
         if work.sequence_parallel and _BETWEEN.search(weight.name):
             # What it reads, of which what is kept of maps counts all.
-            kept -= (1 - 1 / split.tp) * weight.shape[-1]
-    return kept
+            stored -= (1 - 1 / split.tp) * weight.shape[-1]
+    return stored
 
 
 def _logits(model: Model, split: Split, work: Training) -> int:
@@ -218,10 +218,14 @@ def step(model: Model, split: Split, work: Training, network: Network) -> Pace:
         products = _products(model, stage, split, work) * tokens / device.flops
         sums = _sums(model, stage, split, work, network)
         exchange = _exchange(model, stage, split, work, network)
-        each = {"products": products / device.reached, "sums": sums, "exchange": exchange}
+        costs_of_part = {"products": products / device.reached, "sums": sums, "exchange": exchange}
         once = {"gathers": _gathers(stage, split, work, network)}
-        bubble = (split.pp - 1) / parts * sum(each.values())
-        costs = {**{k: v * parts for k, v in each.items()}, **once, "bubble": bubble * parts}
+        bubble = (split.pp - 1) / parts * sum(costs_of_part.values())
+        costs = {
+            **{k: v * parts for k, v in costs_of_part.items()},
+            **once,
+            "bubble": bubble * parts,
+        }
         if sum(costs.values()) > sum(expected.values()):
             expected = costs
             least = {**costs, "products": products * (parts + split.pp - 1)}
@@ -273,6 +277,6 @@ def _gathers(stage: Stage, split: Split, work: Training, network: Network) -> fl
         scattered = network.gather(numbers * work.gradient, count, stride)
         seconds += 2 * parts * gathered + scattered
     if split.dp > 1:
-        held = stage.share.others / split.fsdp + stage.share.routed / split.expert_fsdp
-        seconds += 2 * network.gather(held * work.gradient, split.dp, stride * split.fsdp)
+        parameters = stage.share.others / split.fsdp + stage.share.routed / split.expert_fsdp
+        seconds += 2 * network.gather(parameters * work.gradient, split.dp, stride * split.fsdp)
     return seconds

@@ -64,7 +64,7 @@ class Weight:
 
     @property
     def count(self) -> int:
-        """How many numbers it has."""
+        """The number of its elements."""
         return math.prod(self.shape)
 
     def local(self, counts: Mapping[Axis, int]) -> tuple[int, ...]:
@@ -97,8 +97,8 @@ class Weight:
         *stack, rows, columns = shape
         halves = 2 if stack and self.name.endswith("gate_up_proj") else 1
         specs = self.format.parts((rows // halves, columns)).values()
-        each = sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in specs)
-        return math.prod(stack) * halves * each
+        matrix_bytes = sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in specs)
+        return math.prod(stack) * halves * matrix_bytes
 
 
 def held_as(config: PreTrainedConfig, quantize: str | None, device: Device) -> QuantizationRequest:
@@ -135,7 +135,7 @@ def on_meta(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def weights_of(
-    model: PreTrainedModel, held: QuantizationRequest, tensors: Tensors | None = None
+    model: PreTrainedModel, request: QuantizationRequest, tensors: Tensors | None = None
 ) -> Sequence[Weight]:
     """Return all that a model without weights holds, what has two names once.
 
@@ -143,7 +143,7 @@ def weights_of(
 
     Args:
         model: in plain numbers.
-        held: how its matrices are to be held.
+        request: how its matrices are to be held.
         tensors: of its files, where how they are held follows from what there is.
     """
     layers = model.config.num_hidden_layers
@@ -160,7 +160,7 @@ def weights_of(
     table = table_of(model)
     # What no checkpoint has is made on each device.
     beside = dict(model.named_buffers()).keys() - model.state_dict(keep_vars=True).keys()
-    formats = _formats(model, held, tensors, dtype)
+    formats = _formats(model, request, tensors, dtype)
     # Prediction layers come last: embedding and head are theirs by a second name.
     order = sorted(named, key=lambda name: (layer_of(name) or 0) >= layers)
     firsts: dict[int, str] = {}
@@ -213,14 +213,14 @@ def _uses(name: str, layers: int, blocks: Mapping[str, int]) -> float:
 
 def _formats(
     model: PreTrainedModel,
-    held: QuantizationRequest,
+    request: QuantizationRequest,
     tensors: Tensors | None,
     dtype: torch.dtype,
 ) -> dict[str, WeightFormat]:
-    if held.target is None:
+    if request.target is None:
         return {}
-    found = {} if tensors is None else map_keys(model, tensors, held_as=held.source).formats
-    scheme = held.target.scheme() if tensors is None else held.scheme(found)
+    found = {} if tensors is None else map_keys(model, tensors, held_as=request.source).formats
+    scheme = request.target.scheme() if tensors is None else request.scheme(found)
     if scheme is None:
         return {}
     slots = model.quantize_modules(scheme, dtype)

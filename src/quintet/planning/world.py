@@ -49,7 +49,7 @@ class World:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """How devices share model and work; there are tp · fsdp · dp · pp of them.
+    """A split of model and work over devices; there are tp · fsdp · dp · pp of them.
 
     Ranks of one tensor-parallel group are beside each other, then those with rows of their own,
     then stages. With `ep` > `tp` attention is data-parallel and experts are not: each group of tp
@@ -77,7 +77,7 @@ class Split:
 
     @property
     def groups(self) -> int:
-        """How many groups have rows of their own."""
+        """The number of groups that have rows of their own."""
         return self.dp * self.fsdp
 
     @property
@@ -87,7 +87,7 @@ class Split:
 
     @property
     def counts(self) -> Mapping[Axis, int]:
-        """How many devices there are along each axis of a table of cuts."""
+        """The number of devices along each axis of a table of cuts."""
         return {"tp": self.tp, "ep": self.ep, "etp": self.expert_tp}
 
     @property
@@ -102,7 +102,7 @@ class Split:
 
     @property
     def fault(self) -> str | None:
-        """What is wrong with it, in words; None where nothing is."""
+        """The fault of the split in words, or None."""
         if self.ep % self.tp and self.tp % self.ep:
             return f"ep={self.ep} and tp={self.tp}: one has to divide the other"
         # What FSDP has in slices is not in copies, and experts are on one axis of the two.
@@ -113,8 +113,8 @@ class Split:
 
     def __str__(self) -> str:
         named = {"tp": self.tp, "ep": self.ep, "pp": self.pp, "dp": self.dp, "fsdp": self.fsdp}
-        said = ", ".join(f"{name} {count}" for name, count in named.items() if count > 1)
-        return said or "none: one device has it all"
+        text = ", ".join(f"{name} {count}" for name, count in named.items() if count > 1)
+        return text or "none: one device has it all"
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ _FEW = 64
 
 
 class DeepGEMM(Protocol):
-    """What of the package is called."""
+    """The functions of the package that are called."""
 
     def fp8_gemm_nt(self, a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], d: Tensor) -> None:
         """Write a·bᵀ to d (M, O) in bfloat16; a (M, I) and b (O, I), and the scales of each."""
@@ -34,17 +34,17 @@ def linears(x: Tensor, maps: Sequence[Matrix]) -> list[Tensor] | None:
     given = [x, *(y for one in maps for y in (one.weight, one.scale, one.bias) if y is not None)]
     I = x.shape[-1] if x.ndim else 0
     fits = x.dtype == torch.bfloat16 and I and I % _BLOCK == 0 and x.numel() > _FEW * I
-    if not fits or not all(_held(one, I) for one in maps) or not takes(*given):
+    if not fits or not all(_fits(one, I) for one in maps) or not takes(*given):
         return None
     package = cast("DeepGEMM", import_module("deep_gemm"))
     rows = x.reshape(-1, I)
-    coded, made = rounded(rows), []
+    coded, outputs = rounded(rows), []
     for one in maps:
         assert one.scale is not None
         y = rows.new_empty(len(rows), len(one.weight))
         package.fp8_gemm_nt(coded, (one.weight, one.scale), y)
-        made.append((y if one.bias is None else y + one.bias).view(*x.shape[:-1], -1))
-    return made
+        outputs.append((y if one.bias is None else y + one.bias).view(*x.shape[:-1], -1))
+    return outputs
 
 
 def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,7 +55,7 @@ def rounded(x: Tensor) -> tuple[Tensor, Tensor]:
     return (wide / scale).flatten(1).to(_E4M3), scale.squeeze(2)
 
 
-def _held(matrix: Matrix, I: int) -> bool:
+def _fits(matrix: Matrix, I: int) -> bool:
     weight, scale = matrix.weight, matrix.scale
     return (
         weight.dtype == _E4M3

@@ -16,7 +16,7 @@ _PAGE, _LONGEST = 256, 256
 
 
 class FlashAttention(Protocol):
-    """What of the package is called."""
+    """The functions of the package that are called."""
 
     def flash_attn_with_kvcache(
         self,
@@ -61,7 +61,7 @@ def attend_pages(
     window: int | None,
     scale: float,
 ) -> Tensor | None:
-    """Return what `ops.paged.attend_pages` does, (N, H, D), of grouped queries in whole numbers."""
+    """Compute `ops.paged.attend_pages`, (N, H, D), for grouped queries of whole ratio."""
     if len(q) != 1 or v is None or isinstance(v, Coded) or isinstance(k[0], Coded):
         return None
     (queries,), keys, values, table = q, k[0], v, pages.table
@@ -80,7 +80,7 @@ def attend_pages(
         lengths = torch.where(table[:, 0] < 0, 0, pages.starts + pages.ends.diff()).int()
         table, keys, values = table.clamp(min=0), keys.transpose(1, 2), values.transpose(1, 2)
         if n * pages.most == N:
-            made = package.flash_attn_with_kvcache(
+            output = package.flash_attn_with_kvcache(
                 torch.unflatten(queries, 0, (n, pages.most)),
                 keys,
                 values,
@@ -90,7 +90,7 @@ def attend_pages(
                 causal=True,
                 window_size=seen,
             )
-            return made.flatten(0, 1)
+            return output.flatten(0, 1)
         ends = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
         longest = pages.longest
     return package.flash_attn_varlen_func(

@@ -17,12 +17,12 @@ _WIDTH = _LATENT + _ROTATED
 
 
 class FlashMLA(Protocol):
-    """What of the package is called."""
+    """The functions of the package that are called."""
 
     def get_mla_metadata(
         self, cache_seqlens: Tensor, num_q_tokens_per_head_k: int, num_heads_k: int
     ) -> tuple[object, object]:
-        """Return how the work is divided, which its next call is given."""
+        """Return the schedule of the work, an argument of its next call."""
         ...
 
     def flash_mla_with_kvcache(
@@ -51,7 +51,7 @@ def attend_pages(
     window: int | None,
     scale: float,
 ) -> Tensor | None:
-    """Return what `ops.paged.attend_pages` does, (N, H, 512), of latents beside their keys."""
+    """Compute `ops.paged.attend_pages`, (N, H, 512), for latents beside their keys."""
     if len(q) != 2 or v is not None or window is not None or pages.table is None:
         return None
     latents, keys = k
@@ -63,22 +63,23 @@ def attend_pages(
     if not takes(*q, latents, keys, table, pages.starts, pages.ends):
         return None
     # Pages of the package lie behind each other, and one here is several of them.
-    each = latents.stride(0) // (_PAGE * _WIDTH)
+    pages_of_each = latents.stride(0) // (_PAGE * _WIDTH)
     room = latents.shape[2] // _PAGE
     blocks = latents.as_strided(
-        ((len(latents) - 1) * each + room, _PAGE, 1, _WIDTH), (_PAGE * _WIDTH, _WIDTH, _WIDTH, 1)
+        ((len(latents) - 1) * pages_of_each + room, _PAGE, 1, _WIDTH),
+        (_PAGE * _WIDTH, _WIDTH, _WIDTH, 1),
     )
     number = torch.arange(room, dtype=torch.int32, device=table.device)
-    block_table = (table.clamp(min=0)[..., None] * each + number).flatten(1)
+    block_table = (table.clamp(min=0)[..., None] * pages_of_each + number).flatten(1)
     # Of a sequence that is nowhere there is nothing to see.
     lengths = torch.where(table[:, 0] < 0, 0, pages.starts + pages.ends.diff()).int()
     queries = torch.unflatten(torch.cat(q, dim=-1), 0, (n, pages.most))
     package = cast("FlashMLA", import_module("flash_mla"))
     plan = package.get_mla_metadata(lengths, pages.most * queries.shape[2], 1)
-    made, _ = package.flash_mla_with_kvcache(
+    output, _ = package.flash_mla_with_kvcache(
         queries, blocks, block_table, lengths, _LATENT, *plan, softmax_scale=scale, causal=True
     )
-    return made.flatten(0, 1)
+    return output.flatten(0, 1)
 
 
 def _fits(q: tuple[Tensor, ...], latents: Tensor, keys: Tensor, tokens: int) -> bool:

@@ -18,7 +18,7 @@ _CHUNK = 256
 
 
 class StateUpdate(Protocol):
-    """What of `mamba_ssm.ops.triton.selective_state_update` is called."""
+    """The signature of `mamba_ssm.ops.triton.selective_state_update`."""
 
     def selective_state_update(
         self,
@@ -37,7 +37,7 @@ class StateUpdate(Protocol):
 
 
 class ChunkScan(Protocol):
-    """What of `mamba_ssm.ops.triton.ssd_combined` is called."""
+    """The signature of `mamba_ssm.ops.triton.ssd_combined`."""
 
     def mamba_chunk_scan_combined(
         self,
@@ -64,7 +64,7 @@ def mamba2(
     state: Tensor | None,
     counts: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None:
-    """Return what `ops.mamba2.mix_stepwise` does; the state is overwritten."""
+    """Compute `ops.mamba2.mix_stepwise`; overwrite the state."""
     given = [projected, *(x for x in (*weights[:6], window, state, counts) if x is not None)]
     if not takes(*given):
         return None
@@ -89,11 +89,11 @@ def through_states(
     sizes: tuple[int, int, int, int],
     texts: Texts,
     before: Tensor | None,
-    kept: Tensor | None,
+    target: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Return what `triton.ssm.through_states` does, of texts in a rectangle, and write states."""
+    """Compute `triton.ssm.through_states` for texts in a rectangle; write the states."""
     assert texts.ends is None
-    assert kept is not None
+    assert target is not None
     (H, P, G, N), B, T, (bias, A_log, D) = sizes, texts.n, texts.most, scalars
     steps = F.softplus(dt.view(B, T, H).float() + bias.float()).clamp(*limits)
     if texts.counts is not None:
@@ -108,15 +108,15 @@ def through_states(
         y, after = cast("ChunkScan", package).mamba_chunk_scan_combined(
             x, steps, A, b, c, _CHUNK, D, initial_states=before, return_final_states=True
         )
-        kept.copy_(after)
+        target.copy_(after)
     else:
         if before is None:
-            kept.zero_()
-        elif before is not kept:
-            kept.copy_(before)
+            target.zero_()
+        elif before is not target:
+            target.copy_(before)
         package = import_module("mamba_ssm.ops.triton.selective_state_update")
         y = cast("StateUpdate", package).selective_state_update(
-            kept,
+            target,
             # What it returns is rounded as this is.
             x[:, 0].float(),
             steps[:, 0, :, None].expand(B, H, P),

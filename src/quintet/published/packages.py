@@ -1,4 +1,4 @@
-"""What is asked of a package before its kernels are called."""
+"""Checks of a package before its kernels are called."""
 
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -12,7 +12,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def lacking(package: str, least: int, most: int | None = None) -> Callable[[], str | None]:
-    """Return what says why a machine cannot use a package: a device, its capability, the package.
+    """Return a function from device, capability and package to the reason against using it.
 
     Args:
         package: the name that is imported.

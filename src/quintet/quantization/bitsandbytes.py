@@ -109,7 +109,7 @@ class CodesFormat(WeightFormat):
         return super().recast(parts, shape, to)
 
     def shards(self, shard: Shard) -> dict[str, Shard] | None:
-        """Return what of each part belongs to the shard of a matrix; None where none could say.
+        """Return the shard of each part for a shard of the matrix, or None.
 
         Blocks are of neighbours, row after row: the rows of a process have to be whole blocks, or
         its columns.

@@ -1,4 +1,4 @@
-"""How compressed-tensors stores a matrix: `weight_packed`, `weight_scale` and so on."""
+"""The formats of compressed-tensors: `weight_packed`, `weight_scale` and so on."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Where an encoded matrix can be cut into shards.
+"""The places where an encoded matrix can be cut into shards.
 
 A part lies over its matrix like a grid: an entry of it is of so many rows and columns. Ranges of
 rows and columns that begin and end on the grid's lines are ranges of the part. A range within one
@@ -13,7 +13,7 @@ from quintet.parallel.placement import Range, Shard
 
 @dataclass(frozen=True, slots=True)
 class Grain:
-    """How a part (..., rows, columns) covers a matrix (..., O, I).
+    """The way in which a part (..., rows, columns) covers a matrix (..., O, I).
 
     Attributes:
         rows: of the matrix to a row of the part.

@@ -84,7 +84,7 @@ class WeightFormat(ABC):
     # -- among processes ---------------------------------------------------------------------
 
     def grains(self, shape: Shape) -> dict[str, Grain] | None:
-        """Return how each part covers a matrix of `shape`, or None if it is one piece."""
+        """Return the grain of each part over a matrix of `shape`, or None if it is one piece."""
         return None
 
     def shards(self, shard: Shard) -> dict[str, Shard] | None:
@@ -225,7 +225,7 @@ class Int8Format(_Integers):
         return {"": TensorSpec(shape, torch.int8), "_scale": TensorSpec(shape[:-1], torch.float32)}
 
     def grains(self, shape: Shape) -> dict[str, Grain]:
-        """Return how each part covers a matrix: a scale covers a whole row."""
+        """Return the grain of each part over a matrix: a scale covers a whole row."""
         return {"": Grain(), "_scale": Grain(columns=None)}
 
     def encode(self, weight: Tensor, gram: Tensor | None = None) -> dict[str, Tensor]:

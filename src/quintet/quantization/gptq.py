@@ -271,7 +271,7 @@ class AutoRoundConfig(GPTQConfig):
 
 
 def _by_patterns(extra: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    """Return what modules have by regular expressions; names of single ones go first."""
+    """Return the settings of modules by regular expression; single names go first."""
     quantised = {name: own for name, own in extra.items() if own.get("bits") not in PLAIN_BITS}
     single = {name: own for name, own in quantised.items() if re.fullmatch(r"[\w.-]+", name)}
     named = {f"{re.escape(name)}$": own for name, own in single.items()}

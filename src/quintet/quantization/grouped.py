@@ -103,7 +103,7 @@ class GroupedFormat(FileFormat):
         return not self.ordered
 
     def shards(self, shard: Shard) -> dict[str, Shard] | None:
-        """Return what of each part belongs to the shard of a matrix; None where none could say."""
+        """Return the shard of each part for a shard of the matrix, or None."""
         # With an index, columns find their groups wherever they are.
         group = None if self.ordered else Grain(columns=self.group or max(shard.shape[-1], 1))
         if group is not None:

@@ -52,7 +52,7 @@ def routers(service: Service) -> tuple[APIRouter, ...]:
 
 
 def writer_of(scope: Scope) -> ErrorBody:
-    """Return what writes the errors of a request: as Anthropic's clients read them, or OpenAI's."""
+    """Return the function that writes a request's errors, in Anthropic's shape or in OpenAI's."""
     path = scope["path"]
     is_messages = path in (messages.MESSAGES, messages.COUNTING)
     lists = path.startswith("/v1/models") and "anthropic-version" in Headers(scope=scope)

@@ -106,7 +106,7 @@ class Compilation:
         self._given_up = self._ended = False
 
     def give_up(self) -> None:
-        """Say that nobody waits for it any more."""
+        """Count that nobody waits for it any more."""
         with self._lock:
             if self._ended:
                 self._figures.refuse("late")
@@ -115,7 +115,7 @@ class Compilation:
                 self._figures.given_up()
 
     def end(self) -> None:
-        """Say that its thread is free again."""
+        """Count that its thread is free again."""
         with self._lock:
             self._ended = True
             self._figures.ended(time.monotonic() - self._began, late=self._given_up)

@@ -41,7 +41,7 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """What a request for a model gets.
+    """A loaded model: its engine, tokenizer and limits.
 
     Attributes:
         name: as the request has it.
@@ -212,7 +212,7 @@ class Registry:
 
     @property
     def shapes(self) -> dict[str, Shapes]:
-        """What holds answers to a form, by model name."""
+        """The compilers of answers' forms, by model name."""
         return {
             offer.name: offer.loaded.shapes for offer in self.offers if offer.loaded is not None
         }

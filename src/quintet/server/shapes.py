@@ -120,7 +120,7 @@ class Shapes:
     def _in_time(
         self, make: Callable[[], GrammarProcessor | None], where: str
     ) -> GrammarProcessor | None:
-        """Return what is compiled, by a thread that may take longer than anybody waits.
+        """Return the compiled processor, or raise an error after a time limit.
 
         Nothing ends it then. A few such threads are all that there are, and none is waited for when
         the process ends.
@@ -168,7 +168,7 @@ class Shapes:
         *,
         parallel: bool,
     ) -> Constraint | None:
-        """Return what holds calls to their tools, and text instead of them; None for neither."""
+        """Return the constraint of tool calls and of text, or None if there is neither."""
         strict = any(tool["function"].get("strict") for tool in tools)
         if choice == "auto" and not strict and constraint is None:
             return None
@@ -183,7 +183,7 @@ class Shapes:
 
 @contextmanager
 def _blamed(where: str) -> Iterator[None]:
-    """Say which field of a request is wrong.
+    """Raise an InputError again as an ApiError that names the field `where`.
 
     Raises:
         ApiError: it is.

@@ -189,7 +189,7 @@ class Engine:
 
     @property
     def state(self) -> Snapshot:
-        """What runs, waits and is cached, as of the last step."""
+        """The running, waiting and cached work as of the last step."""
         return self._runner.state
 
     @property

@@ -86,7 +86,7 @@ def cost_of(model: Served, nbits: int | None) -> Cost:
 
 
 def with_drafts(model: Served, nbits: int | None, row: int, token: int) -> Cost:
-    """Return what rows cost, of whose bytes those of the main layers are known.
+    """Return the cost of a row with prediction layers, given that of the main layers.
 
     Args:
         model: whose rows these are.

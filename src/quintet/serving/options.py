@@ -49,7 +49,7 @@ def drafting(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestOptions:
-    """How to serve a request; keyword arguments of `Engine.generate` and `answer`.
+    """The serving options of a request; keyword arguments of `Engine.generate` and `answer`.
 
     Attributes:
         scope: whose request it is. Scopes take turns, and only within one is gone on from what was

@@ -100,7 +100,7 @@ class PrefixCache(Generic[C]):
         return sum(self._bytes.values())
 
     def usable(self, length: int, tokens: int) -> int:
-        """Return how many of the first `length` tokens can be reused.
+        """Return the number of the first `length` tokens that can be reused.
 
         It is on the grid, with enough left to be run over.
         """

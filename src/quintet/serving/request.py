@@ -133,7 +133,7 @@ class Request(Job):
         self.known, self.computed = len(self.text.ids), self.text.computed
 
     def news(self) -> Answer | Exception | None:
-        """Return what the reader has not seen, or None."""
+        """Return the part of the answer that the reader has not seen, or None."""
         text = self.text
         if text.error is not None:
             return _served(text.error)

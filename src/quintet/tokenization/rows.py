@@ -66,7 +66,7 @@ class Row:
 
     @property
     def offsets(self) -> list[tuple[int, int]]:
-        """Where each token starts and ends in its text, in characters."""
+        """The start and end of each token in its text, in characters."""
         offsets = self._encoding.offsets
         if self._places:
             offsets = [(self._place(start), self._place(end)) for start, end in offsets]

@@ -105,7 +105,7 @@ class AdapterSettings:
         return self.from_ is None and bool(self.use_dora or own)
 
     def config(self) -> LoraConfig:
-        """Return what a new adapter is."""
+        """Return the configuration of a new adapter."""
         values = self._values()
         if self.experts:
             values["target_parameters"] = [*(self.target_parameters or ()), *_EXPERTS]

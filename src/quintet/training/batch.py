@@ -29,6 +29,6 @@ class Batch:
 
     @property
     def tokens(self) -> int:
-        """How many tokens there are, without padding."""
+        """The number of tokens, without padding."""
         mask = self.attention_mask
         return self.input_ids.numel() if mask is None else int(mask.sum())

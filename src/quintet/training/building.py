@@ -134,7 +134,7 @@ def prepared(
 def _to_put(
     config: TrainingConfig, own: AdapterSettings, start: SavedCheckpoint | None
 ) -> tuple[AdapterSettings, str | None]:
-    """Return which adapter is put on the model, and which beside it to compare with."""
+    """Return the adapter to put on the model, and the one beside it to compare with."""
     beside = own.from_ if _compares_with_adapter(config) else None
     return own if start is None else AdapterSettings(from_=str(start.path)), beside
 
@@ -260,7 +260,7 @@ def build_objective(
     first: Callable[[], CausalLMHead] | None = None,
     beside: Beside | None = None,
 ) -> Objective:
-    """Return what a model is trained for; call it before the model is another than at its start.
+    """Build the objective of a training; call it while the model is as at its start.
 
     Args:
         config: the settings.
@@ -340,7 +340,7 @@ def _placed(
 
 
 def prediction_layers(model: CausalLMHead) -> int:
-    """Return how many layers look further than the next token."""
+    """Return the number of layers that look further than the next token."""
     decoder = model.base_model
     return len(decoder.prediction_layers()) if isinstance(decoder, MtpDecoderModel) else 0
 
@@ -367,7 +367,7 @@ def _schedule(value: Number | None) -> Schedule | None:
 
 
 def token_dropping(model: CausalLMHead, settings: BalanceSettings) -> TokenDropping | None:
-    """Return what drops tokens beyond a device's share, if that is asked for."""
+    """Return the dropper of tokens beyond a device's share, or None."""
     if settings.capacity is None:
         return None
     return TokenDropping(
@@ -376,7 +376,7 @@ def token_dropping(model: CausalLMHead, settings: BalanceSettings) -> TokenDropp
 
 
 def expert_loads(model: CausalLMHead, settings: BalanceSettings) -> ExpertLoads | None:
-    """Return what counts the tokens of experts, if there are any."""
+    """Return the counter of the experts' tokens, or None without experts."""
     if settings.bias is not None:
         return BiasBalancer(model)
     routers = any(isinstance(module, ExpertRouter) for module in model.modules())

@@ -50,7 +50,7 @@ class SavedCheckpoint:
 
     @property
     def score(self) -> float | None:
-        """What the model was measured at, the lower the better; None if it was not."""
+        """The model's score, the lower the better; None if it was not measured."""
         score = self.state.get("score")
         return score if isinstance(score, float) else None
 

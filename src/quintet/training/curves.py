@@ -41,7 +41,7 @@ class Panel:
 
 
 def runs(folders: Sequence[Path]) -> dict[str, list[dict[str, Any]]]:
-    """Return what runs have told, each under a name as short as tells them apart.
+    """Read the metrics of runs, each under the shortest name that is unique.
 
     Raises:
         ModelNotFoundError: a folder has no metrics.
@@ -124,7 +124,7 @@ def _rates(number: int, name: str, steps: list[Any], axis: Axis) -> dict[str, Cu
 
 
 def _layer(router: str) -> str:
-    """Return what tells one router of a model from another: the number of its layer."""
+    """Return the number of a router's layer, which identifies it."""
     numbers = [part for part in router.split(".") if part.isdigit()]
     return f"layer {numbers[0]}" if numbers else router
 

@@ -127,7 +127,7 @@ def samples(
     step: int = 0,
     tokens: int = 0,
 ) -> Iterator[Sample]:
-    """Yield what a model makes of the prompts, each with the same seed; it is afterwards as it was.
+    """Yield a model's continuations of the prompts, each with the same seed; it is left unchanged.
 
     A text may be shorter than asked for, where the model ends it or its context does.
     """

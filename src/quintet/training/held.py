@@ -1,4 +1,4 @@
-"""What a process holds of a model while it is built: everything, or its part."""
+"""The part of a model that a process holds while it is built: everything, or less."""
 
 from dataclasses import dataclass
 from typing import Any, TypeVar

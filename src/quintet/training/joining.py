@@ -52,14 +52,14 @@ def joined(settings: ParallelSettings) -> Ranks:
 
 
 def held(config: TrainingConfig, ranks: Ranks) -> Held | None:
-    """Return what this process is to hold of a model that it makes or reads; None for all of it."""
+    """Return the part of a model that this process holds while it is built; None for all of it."""
     if not isinstance(ranks, Several) or (config.adapter and config.adapter.reads_weights):
         return None
     return Held(ranks.world, _slices(ranks.world, every=_low(config)))
 
 
 def _slices(world: World, *, every: bool) -> Slices | None:
-    """Return how what tp and ep leave is sliced further; None if it is not."""
+    """Return the slices of the parts that tp and ep leave; None if they are not sliced."""
     sliced = world.degrees.fsdp > 1 or world.degrees.ep > world.degrees.tp
     return Slices(world, every=every) if sliced else None
 
@@ -186,7 +186,7 @@ class Beside:
 
     @property
     def held(self) -> Held:
-        """What this process is to hold of one."""
+        """The part of another model that this process holds."""
         return Held(self.world, _slices(self.world, every=False), learns=False)
 
     def placed(self, model: CausalLMHead, *, part: bool) -> Running:
@@ -201,12 +201,12 @@ class Beside:
 
 
 def beside(ranks: Ranks) -> Beside | None:
-    """Return where models lie that one is compared with; None for all of them here."""
+    """Return the placement of models to compare with; None if each is whole here."""
     return Beside(ranks.world) if isinstance(ranks, Several) else None
 
 
 def _generating(world: World) -> World | None:
-    """Return who generates together; None where each does what all others do, to the bit."""
+    """Return the processes that generate together; None if all do the same to the bit."""
     if world.degrees.ep > world.degrees.tp:
         # Experts round what is sent to them by what comes with it.
         everyone = dist.new_group(backend="gloo")

@@ -43,7 +43,7 @@ def memory(
     dtype: torch.dtype | None = None,
     recompute: int = 0,
 ) -> Memory:
-    """Return what a training of a model needs, with memory of its own or on the meta device.
+    """Estimate the memory of a training, of a model with weights or on the meta device.
 
     Activations are what autograd keeps, most of it inputs and outputs of linear maps.
 
@@ -77,7 +77,7 @@ def memory(
 
 
 def _numbers(layer: nn.Module, model: PreTrainedModel, kernels: bool) -> float:
-    """Return how many numbers a layer keeps of one token."""
+    """Return the number of values that a layer keeps per token."""
     active = vars(model.config).get("num_experts_per_tok") or 0
     linear, scan = kept_of_maps(kernels), kept_of_scans(kernels)
     stored = 0.0

@@ -111,7 +111,7 @@ class _Lines:
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
-    """Return what a line says, or None for what is no whole line of a run."""
+    """Parse a line of a run's metrics; None if it is incomplete or another kind of line."""
     try:
         value = json.loads(line) if line.endswith(b"\n") else None
     except (ValueError, RecursionError):

@@ -35,7 +35,7 @@ class Objective(Protocol):
     """
 
     def counts(self, batch: Batch) -> Mapping[str, int]:
-        """Return how much each term will be summed over, by its name; without the model."""
+        """Return the number of items that each term is summed over, by its name; runs no model."""
         ...
 
     def terms(self, model: PreTrainedModel, batch: Batch, at: Progress) -> Mapping[str, Term]:
@@ -54,7 +54,7 @@ class StepObjective(Objective, Protocol):
         at: Progress,
         summed: Callable[[Tensor], Tensor] = lambda own: own,
     ) -> Objective:
-        """Return what is minimised in the step that these parts make; asked where several do.
+        """Return the objective of a step from its parts; called if there are several.
 
         Where other processes have other parts of the step, `summed` is the sum over all of them.
         """

@@ -58,12 +58,12 @@ class ParallelSettings:
             raise SettingError.value("timeout", self.timeout, "has to be above 0")
 
     def given(self) -> Degrees:
-        """Return what is divided among how many processes, as far as it is said."""
+        """Return the degrees that are given."""
         given = {name: getattr(self, name) for name in AXES}
         return Degrees(**{name: 1 if n == "auto" else n for name, n in given.items()})
 
     def degrees(self, size: int) -> Degrees:
-        """Return what `size` processes divide.
+        """Return the degrees of `size` processes.
 
         Raises:
             SettingError: they are too many, or too few.

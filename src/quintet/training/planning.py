@@ -26,7 +26,7 @@ from quintet.training.staged import check_staged
 def planned(
     config: TrainingConfig, tell: Callable[[str], None] = lambda message: None
 ) -> Beginning:
-    """Return how a training would begin: a model on the meta device, all texts read and encoded.
+    """Prepare a training without weights: a model on the meta device, all texts encoded.
 
     Raises:
         QuintetError: what would keep it from beginning.

@@ -73,7 +73,7 @@ class Ranks(Protocol):
         ...
 
     def lead(self, act: Callable[[], T]) -> T:
-        """Return what the first process makes of an act that has plain values, as JSON has them.
+        """Return the first process's result of an act, a plain value as in JSON.
 
         Raises:
             QuintetError: what it raised there.
@@ -121,11 +121,11 @@ class Alone:
         return list(numbers)
 
     def lead(self, act: Callable[[], T]) -> T:
-        """Return what the act makes."""
+        """Return the result of the act."""
         return act()
 
     def in_turn(self, act: Callable[[], T]) -> T:
-        """Return what the act makes."""
+        """Return the result of the act."""
         return act()
 
     def collected(self, value: Any) -> list[Any]:
@@ -179,7 +179,7 @@ class Several:
         return found
 
     def lead(self, act: Callable[[], T]) -> T:
-        """Return what the first process makes of an act that has plain values, as JSON has them."""
+        """Return the first process's result of an act, a plain value as in JSON."""
         result: Any = None
         failed: QuintetError | None = None
         if self.first:
@@ -212,7 +212,7 @@ class Several:
         return [_value(text[: int(n)]) for text, n in zip(texts, sizes, strict=True)]
 
     def _broadcast(self, value: Any) -> Any:
-        """Return what the first process says."""
+        """Return the value that the first process broadcasts."""
         own = _bytes(value).to(self.world.device)
         size = torch.tensor([len(own)], device=own.device, dtype=torch.long)
         dist.broadcast(size, 0)

@@ -79,7 +79,7 @@ class StepRecord:
 
     @property
     def tokens_per_second(self) -> float:
-        """How many tokens a second this step read."""
+        """The tokens per second of this step."""
         return self.step_tokens / self.seconds if self.seconds > 0 else 0.0
 
 
@@ -116,7 +116,7 @@ class Evaluation:
 
     @property
     def score(self) -> float:
-        """What the best step has the least of: bits per byte, or per token where there are none."""
+        """The measure of the best step: bits per byte, or per token where there are no bytes."""
         return self.bits_per_token if self.bits_per_byte is None else self.bits_per_byte
 
 

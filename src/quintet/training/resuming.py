@@ -80,7 +80,7 @@ def check_format(start: SavedCheckpoint) -> None:
 
 
 def moved(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Say where a training goes on in other surroundings than those it was in."""
+    """List the differences between the surroundings of a training before and now."""
     return [
         f"{name} is {now.get(name)}, and was {was}: numbers are rounded otherwise from here on"
         for name, was in before.items()
@@ -89,7 +89,7 @@ def moved(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def differences(before: Any, after: Any, key: str) -> Iterator[str]:
-    """Say where two plain values differ, but for what is free to."""
+    """Yield the differences between two plain values, except in fields that may differ."""
     name = key.removeprefix("settings.")
     if name in FREE or before == after:
         return
@@ -102,7 +102,7 @@ def differences(before: Any, after: Any, key: str) -> Iterator[str]:
 
 
 def surroundings(processes: str) -> dict[str, Any]:
-    """Return what beside all settings decides how numbers are rounded, and what is drawn."""
+    """Return the surroundings, besides settings, that decide rounding and random numbers."""
     return {
         "processes": processes,
         "torch": torch.__version__,

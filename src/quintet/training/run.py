@@ -187,7 +187,7 @@ class Run:
         return record
 
     def _read(self, at: Progress) -> tuple[int, list[Batch]]:
-        """Return how many batches of the data a step reads, and all parts of these."""
+        """Return the number of batches that a step reads, and all parts of these."""
         count = max(1, round(self.batches.at(at)))
         first = self.counters.batches
         parts = [
@@ -200,7 +200,7 @@ class Run:
         return count, parts
 
     def _tokens(self, parts: list[Batch]) -> int:
-        """Return how many tokens these are, with those of other processes."""
+        """Return the number of these tokens, those of other processes included."""
         own = sum(batch.tokens for batch in parts)
         return int(self.ranks.counted({"tokens": own})["tokens"])
 
@@ -267,7 +267,7 @@ class Run:
         return self.evaluation if documents else None
 
     def _looking(self, look: Callable[[], T]) -> T:
-        """Return what is seen of the model by whoever learns nothing from it."""
+        """Return the result of a call that looks at the model without gradients."""
         with torch.no_grad():
             return self.layout.run(look)
 
@@ -319,7 +319,7 @@ class Run:
         self.report.saved(Saved(step=self.counters.step, path=self.path, best=is_best))
 
     def _dtype(self) -> str:
-        """Return what weights are saved in."""
+        """Return the dtype that weights are saved in."""
         low = self.config.optimizer.precision == "bfloat16"
         return str(torch.bfloat16 if low else self.model.dtype)
 

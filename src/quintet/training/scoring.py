@@ -102,7 +102,7 @@ def windows(length: int, context: int) -> Iterator[tuple[int, int, int]]:
 def predictions(
     model: CausalLMHead, ids: Tensor, context: int, **options: Any
 ) -> Iterator[Predicted]:
-    """Yield what a model says of the tokens of a text (T,), some at a time, in order.
+    """Yield a model's scores of the tokens of a text (T,), some at a time, in order.
 
     `options` are those of the base model's forward, such as a cache for the first window.
     """
@@ -148,7 +148,7 @@ def _named(model: CausalLMHead, ahead: Tensor, places: Tensor) -> Tensor:
 
 
 def score(model: CausalLMHead, documents: Iterable[Document], context: int | None = None) -> Score:
-    """Return what texts cost a model, each alone and from its first token on.
+    """Score a model on texts, each alone and from its first token on.
 
     Where another process has the last layer, only the tokens are counted here.
 

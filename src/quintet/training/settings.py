@@ -56,7 +56,7 @@ class SettingError(ConfigError):
         return cls(key, f" = {text if len(text) <= 160 else f'{text[:159]}…'}: {rule}")
 
     def within(self, table: str) -> "SettingError":
-        """Return the same, of a table that lies in another."""
+        """Return the same error for a table that lies in another."""
         return SettingError(f"{table}.{self.key}" if self.key else table, self.message, self.file)
 
 
@@ -66,7 +66,7 @@ def key_of(field: Field[Any]) -> str:
 
 
 def parse(text: str, *, file: str = "") -> dict[str, Any]:
-    """Return what a text in TOML says.
+    """Parse settings from a text in TOML.
 
     Raises:
         ConfigError: it is no TOML; the message has line and column.

@@ -27,7 +27,7 @@ class Span:
     unit: Literal["steps", "tokens", "share"] = "share"
 
     def of(self, progress: Progress) -> float:
-        """Return how far the training is, in this unit."""
+        """Return the progress of the training in this unit."""
         match self.unit:
             case "steps":
                 return float(progress.step)
@@ -38,7 +38,7 @@ class Span:
 
 
 def span(value: float | str, key: str) -> Span:
-    """Return what a key says as a share (0 to 1), "2000 steps", "1.5B tokens" or "3 %".
+    """Parse a span: a share (0 to 1), "2000 steps", "1.5B tokens" or "3 %".
 
     Raises:
         SettingError: it is none of these.

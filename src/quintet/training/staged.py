@@ -60,7 +60,7 @@ def _check_slices(config: TrainingConfig, degrees: Degrees) -> None:
 
 
 def idle_stages(config: TrainingConfig, degrees: Degrees) -> str | None:
-    """Say that stages wait for each other more than they need to, if they will."""
+    """Warn if stages will wait for each other more than they need to."""
     pp, batches = degrees.pp, config.train.batches
     # A schedule may come to more later.
     if pp == 1 or not isinstance(batches, int | float):

@@ -62,7 +62,7 @@ class Randomness:
 
     @classmethod
     def now(cls) -> Self:
-        """Return where they are now."""
+        """Return the current states of the generators."""
         version, numbers, gauss = random.getstate()
         name, keys, place, has_gauss, cached = np.random.get_state()
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []

@@ -96,7 +96,7 @@ def accumulate(
 
 
 def _size(model: PreTrainedModel, batch: Batch) -> int:
-    """Return how many tokens of a batch, with what fills rows up, this process runs over."""
+    """Return the number of a batch's tokens, padding included, that this process runs over."""
     sequences = model.sequences
     if sequences is None:
         return batch.input_ids.numel()
@@ -111,7 +111,7 @@ def _part(
     at: Progress,
     counts: Mapping[str, float],
 ) -> tuple[Tensor | None, dict[str, Tensor]]:
-    """Return what a part of a step adds to what is minimised, and to the mean of each term.
+    """Return the contribution of a part of a step to the objective and to each term's mean.
 
     Where other processes have the terms, it adds nothing here.
     """

@@ -18,7 +18,7 @@ from quintet.training.ranks import Ranks
 def writing(
     model: CausalLMHead, tokenizer: PreTrainedTokenizer, ranks: Ranks, layout: Layout
 ) -> Callable[[Path], None]:
-    """Return what writes a model and its tokenizer into a folder, in the first process.
+    """Return a function with which the first process writes a model and its tokenizer.
 
     All take part in making the weights whole; the first keeps them, in its own memory.
     """
@@ -73,7 +73,7 @@ def whole_state(model: CausalLMHead, layout: Layout, *, keep: bool) -> dict[str,
 
 
 def _first_names(state: Mapping[str, Tensor]) -> dict[str, str]:
-    """Return of each name the first one of its tensor."""
+    """Return the first name of the tensor of each name."""
     names: dict[int, str] = {}
     return {name: names.setdefault(id(tensor), name) for name, tensor in state.items()}
 

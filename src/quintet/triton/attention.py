@@ -34,7 +34,7 @@ def attend_pages(
     window: int | None,
     scale: float,
 ) -> Tensor | None:
-    """Return what `ops.paged.attend_pages` does, (N, H, Dv)."""
+    """Compute `ops.paged.attend_pages`, (N, H, Dv)."""
     memory = [*k] if v is None else [*k, v]
     tensors = [*q, *(x for one in memory for x in _tensors(one)), pages.starts, pages.ends]
     tensors += [] if pages.table is None else [pages.table]
@@ -48,12 +48,12 @@ def attend_pages(
     blocks = [power_of_two(max(x, 16)) if x else 0 for x in (D, D2, Dv)]
     M, S, warps = _tile(pages.most * G, blocks, v is None, q[0].itemsize)
     # Where all have as many tokens, no program has to look for its sequence.
-    each = cdiv(pages.most * G, M) if n * pages.most == N else 0
-    tiles = n * each if each else N * G // M + n
+    tiles_of_each = cdiv(pages.most * G, M) if n * pages.most == N else 0
+    tiles = n * tiles_of_each if tiles_of_each else N * G // M + n
     splits = _splits(tiles * K, pages, window, S, q[0].device)
     shape = (N, H, Dv) if splits == 1 else (splits, N, H, Dv)
-    made = q[0].new_empty(shape, dtype=None if splits == 1 else torch.float32)
-    sums = None if splits == 1 else made.new_empty(shape[:-1])
+    output = q[0].new_empty(shape, dtype=None if splits == 1 else torch.float32)
+    sums = None if splits == 1 else output.new_empty(shape[:-1])
     q2, k2 = (q[1], keys[1]) if len(q) > 1 else (None, None)
     scales = [x.scales if isinstance(x, Coded) else None for x in (k[0], k[-1], v)]
     launch(
@@ -68,7 +68,7 @@ def attend_pages(
         pages.table,
         pages.starts,
         pages.ends,
-        made,
+        output,
         sums,
         scale / math.log(2),
         n,
@@ -91,7 +91,7 @@ def attend_pages(
         DV_BLOCK=blocks[2],
         M=M,
         S=S,
-        EACH=each,
+        EACH=tiles_of_each,
         SPLITS=splits,
         WINDOW=window or 0,
         # One page of a sequence is looked up once.
@@ -101,12 +101,12 @@ def attend_pages(
         num_stages=2,
     )
     if sums is None:
-        return made
+        return output
     joined = q[0].new_empty(N, H, Dv)
     launch(
         join,
         (N * H,),
-        made,
+        output,
         sums,
         joined,
         N * H,

@@ -16,30 +16,30 @@ def vectors(  # type: ignore[no-untyped-def]
 ):
     """Load vectors (S, BLOCK) as numbers, of bytes where they are coded (ops/vector_codes.py)."""
     d = tl.arange(0, BLOCK)[None, :]
-    there = inside[:, None] & (d < D)
+    valid = inside[:, None] & (d < D)
     first = memory + at[:, None]
     if BITS == 0:
-        made = tl.load(first + d, mask=there, other=0.0)
+        numbers_out = tl.load(first + d, mask=valid, other=0.0)
     else:
         if BITS == 8:
-            numbers = tl.load(first + d, mask=there, other=0).to(tl.int32)
+            numbers = tl.load(first + d, mask=valid, other=0).to(tl.int32)
         elif BITS == 4:
             half: tl.constexpr = D // 2
-            byte = tl.load(first + d % half, mask=there, other=0).to(tl.int32)
+            byte = tl.load(first + d % half, mask=valid, other=0).to(tl.int32)
             numbers = (byte >> tl.where(d < half, 0, 4)) & 15
         else:
             quarter: tl.constexpr = D // 4
-            low = there & (d < 3 * quarter)
+            low = valid & (d < 3 * quarter)
             numbers = tl.load(first + d, mask=low, other=0).to(tl.int32) & 63
             for i in tl.static_range(3):
                 byte = tl.load(
-                    first + i * quarter + d % quarter, mask=there & (d >= 3 * quarter), other=0
+                    first + i * quarter + d % quarter, mask=valid & (d >= 3 * quarter), other=0
                 )
                 numbers = numbers | ((byte.to(tl.int32) >> 6) << (2 * i))
         scale = tl.load(scales + scale_at, mask=inside, other=0.0).to(tl.float32)
-        made = (numbers - (1 << (BITS - 1))).to(tl.float32) * scale[:, None]
-        made = tl.where(there, made, 0.0)
-    return made
+        numbers_out = (numbers - (1 << (BITS - 1))).to(tl.float32) * scale[:, None]
+        numbers_out = tl.where(valid, numbers_out, 0.0)
+    return numbers_out
 
 
 @triton.jit
@@ -133,9 +133,9 @@ def attend(  # type: ignore[no-untyped-def]
         end = tl.minimum(end, room)
         if not PAGED:
             end = tl.where(number < 0, first, end)
-    each = tl.cdiv(tl.cdiv(end - first, S), SPLITS) * S
-    first = first + split * each
-    end = tl.minimum(end, first + each)
+    per_split = tl.cdiv(tl.cdiv(end - first, S), SPLITS) * S
+    first = first + split * per_split
+    end = tl.minimum(end, first + per_split)
     # Of a row, a page is all there is; in a packed row, slots count from where a sequence begins.
     offset = begin if table is None else begin * 0
     base = number.to(tl.int64)
@@ -162,18 +162,18 @@ def attend(  # type: ignore[no-untyped-def]
         s = s0 + tl.arange(0, S)
         inside = s < end
         if PAGED:
-            there = tl.load(table + sequence * table_step + s // page, mask=inside, other=-1)
-            inside = inside & (there >= 0)
-            here = there.to(tl.int64)
+            page_number = tl.load(table + sequence * table_step + s // page, mask=inside, other=-1)
+            inside = inside & (page_number >= 0)
+            page_at = page_number.to(tl.int64)
             place = s % page
         else:
-            here = base
+            page_at = base
             place = s + offset
-        scale_at = (here * K + head) * page + place
+        scale_at = (page_at * K + head) * page + place
         keys = vectors(
             k + head * k_head,
             k_scales,
-            here * k_page + place * k_slot,
+            page_at * k_page + place * k_slot,
             scale_at,
             inside,
             D,
@@ -185,8 +185,8 @@ def attend(  # type: ignore[no-untyped-def]
             more = vectors(
                 k2 + head * k2_head,
                 k2_scales,
-                here * k2_page + place * k2_slot,
-                scale_at if K == 1 or BITS == 0 else here * page + place,
+                page_at * k2_page + place * k2_slot,
+                scale_at if K == 1 or BITS == 0 else page_at * page + place,
                 inside,
                 D2,
                 D2_BLOCK,
@@ -210,7 +210,7 @@ def attend(  # type: ignore[no-untyped-def]
             values = vectors(
                 v + head * v_head,
                 v_scales,
-                here * v_page + place * v_slot,
+                page_at * v_page + place * v_slot,
                 scale_at,
                 inside,
                 DV,
@@ -221,18 +221,18 @@ def attend(  # type: ignore[no-untyped-def]
     some = tl.where(total > 0, total, 1.0)
     mixed = mixed / some[:, None]
     dv = tl.arange(0, DV_BLOCK)
-    goes = (split * N + at) * (K * G) + h
+    target = (split * N + at) * (K * G) + h
     written = real
     if SPLITS > 1:
         # What has seen nothing is not read.
         written = rows < tl.where(first < end, T * G, 0)
     tl.store(
-        out + goes[:, None] * DV + dv[None, :],
+        out + target[:, None] * DV + dv[None, :],
         mixed.to(out.dtype.element_ty),
         mask=written[:, None] & (dv < DV)[None, :],
     )
     if SPLITS > 1:
-        tl.store(sums + goes, top + tl.log2(some), mask=real)
+        tl.store(sums + target, top + tl.log2(some), mask=real)
 
 
 @triton.jit

@@ -20,7 +20,7 @@ def convolve(
     bias: Tensor | None,
     texts: Texts,
     before: Tensor | None,
-    kept: Tensor | None,
+    next_window: Tensor | None,
 ) -> Tensor:
     """Return silu(bias + Σ_w taps_w · raw_{t+w-W+1}), (N, C), and write what the next token needs.
 
@@ -30,7 +30,7 @@ def convolve(
     and kept, what is from now on, None for nothing, (R, W - 1, C) each, of the same memory or not.
     """
     (N, C), W = raw.shape, taps.shape[1]
-    made = raw.new_empty(N, C)
+    output = raw.new_empty(N, C)
     tile = min(power_of_two(texts.most), TOKENS)
     # The program of a text's first tokens alone reads and writes what is kept of it.
     tile = max(tile, power_of_two(W - 1))
@@ -44,9 +44,9 @@ def convolve(
         bias,
         before,
         *((0, 0) if before is None else before.stride()[:2]),
-        kept,
-        *((0, 0) if kept is None else kept.stride()[:2]),
-        made,
+        next_window,
+        *((0, 0) if next_window is None else next_window.stride()[:2]),
+        output,
         texts.ends,
         texts.rows,
         texts.counts,
@@ -56,7 +56,7 @@ def convolve(
         TOKENS=tile,
         CHANNELS=CHANNELS,
     )
-    return made
+    return output
 
 
 @triton.jit
@@ -70,10 +70,10 @@ def _convolve(  # type: ignore[no-untyped-def]
     before,
     before_row,
     before_step,
-    kept,
+    next_window,
     kept_row,
     kept_step,
-    made,
+    output,
     ends,
     rows,
     counts,
@@ -89,9 +89,9 @@ def _convolve(  # type: ignore[no-untyped-def]
     t = first + tl.arange(0, TOKENS)
     inside = c < C
     # A text that is nowhere has nothing that was kept.
-    held = c < tl.where(row >= 0, C, 0)
-    there = (t < length)[:, None] & inside[None, :]
-    kinds = made.dtype.element_ty
+    writes = c < tl.where(row >= 0, C, 0)
+    valid = (t < length)[:, None] & inside[None, :]
+    kinds = output.dtype.element_ty
     total = tl.zeros([TOKENS, CHANNELS], tl.float32)
     if bias is not None:
         total += tl.load(bias + c, mask=inside, other=0.0).to(tl.float32)[None, :]
@@ -99,14 +99,14 @@ def _convolve(  # type: ignore[no-untyped-def]
         s = t + w - (W - 1)
         x = tl.load(
             raw + (begin + s)[:, None] * raw_step + c[None, :],
-            mask=there & (s >= 0)[:, None],
+            mask=valid & (s >= 0)[:, None],
             other=0.0,
         ).to(tl.float32)
         if before is not None:
             # One of both is zero.
             x += tl.load(
                 before + row * before_row + (t + w)[:, None] * before_step + c[None, :],
-                mask=(t < length)[:, None] & (s < 0)[:, None] & held[None, :],
+                mask=(t < length)[:, None] & (s < 0)[:, None] & writes[None, :],
                 other=0.0,
             ).to(tl.float32)
         tap = tl.load(taps + c * tap_channel + w * tap_step, mask=inside, other=0.0)
@@ -114,10 +114,10 @@ def _convolve(  # type: ignore[no-untyped-def]
     y = total.to(kinds).to(tl.float32)
     y = y * tl.sigmoid(y)
     at = (begin + t)[:, None] * C + c[None, :]
-    tl.store(made + at, y.to(kinds), mask=there)
+    tl.store(output + at, y.to(kinds), mask=valid)
     # All threads have read what others now overwrite.
     tl.debug_barrier()
-    if kept is not None:  # noqa: SIM102 - one is known when it is compiled, one when it runs
+    if next_window is not None:  # noqa: SIM102 - one is known when it is compiled, one when it runs
         if first == 0:
             for w in tl.static_range(W - 1):
                 place = real - (W - 1) + w
@@ -127,4 +127,4 @@ def _convolve(  # type: ignore[no-untyped-def]
                     old = c < tl.where((row >= 0) & (place < 0), C, 0)
                     from_ = before + row * before_row + (real + w) * before_step
                     last = tl.where(new, last, tl.load(from_ + c, mask=old, other=0.0))
-                tl.store(kept + row * kept_row + w * kept_step + c, last, mask=held)
+                tl.store(next_window + row * kept_row + w * kept_step + c, last, mask=writes)

@@ -24,7 +24,7 @@ def text_of(ends, rows, counts, text, most):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def sequence_of(ends, n, token):  # type: ignore[no-untyped-def]
-    """Return which sequence a token is of, n where it is of none."""
+    """Return the sequence of a token, n if it has none."""
     low = token * 0
     high = low + n
     while low < high:

@@ -86,14 +86,14 @@ def _found(
 def _of_one(x: Tensor, gate: Held, up: Held, down: Held) -> Tensor:
     inside = x.new_empty(len(x), gate.weight.shape[-2])
     gate_vectors(x, gate, up, inside, None, len(x))
-    made = x.new_empty(x.shape)
-    map_vectors(inside, down, None, made)
-    return made
+    output = x.new_empty(x.shape)
+    map_vectors(inside, down, None, output)
+    return output
 
 
 def _by_id(x: Tensor, gate: Held, up: Held, down: Held, indices: Tensor, shares: Tensor) -> Tensor:
     inside = x.new_empty(indices.numel(), gate.weight.shape[-2])
     gate_vectors(x, gate, up, inside, indices, indices.numel())
-    made = x.new_empty(x.shape)
-    map_vectors(inside, down, None, made, indices, shares)
-    return made
+    output = x.new_empty(x.shape)
+    map_vectors(inside, down, None, output, indices, shares)
+    return output

@@ -75,7 +75,7 @@ def grouped_experts(
         **blocks,
         **gate.constants,
     )
-    each = x.new_empty(N * A, C)
+    per_choice = x.new_empty(N * A, C)
     launch(
         _down,
         (tiles, cdiv(C, shape.outputs)),
@@ -84,7 +84,7 @@ def grouped_experts(
         order,
         spans,
         shares,
-        each,
+        per_choice,
         F,
         C,
         E,
@@ -92,10 +92,10 @@ def grouped_experts(
         **blocks,
         **down.constants,
     )
-    made = x.new_empty(N, C)
+    output = x.new_empty(N, C)
     wide = min(power_of_two(C), 1024)
-    launch(_sum, (N, cdiv(C, wide)), each, made, C, A, BLOCK=wide)
-    return made
+    launch(_sum, (N, cdiv(C, wide)), per_choice, output, C, A, BLOCK=wide)
+    return output
 
 
 @triton.jit
@@ -114,7 +114,7 @@ def _gate(  # type: ignore[no-untyped-def]
     up_offset,
     order,
     spans,
-    made,
+    output,
     K,
     F,
     A,
@@ -133,8 +133,8 @@ def _gate(  # type: ignore[no-untyped-def]
     if expert >= E:
         return
     r = tl.arange(0, ROWS)
-    there = r < count
-    token = tl.load(order + first + r, mask=there, other=0) // A
+    valid = r < count
+    token = tl.load(order + first + r, mask=valid, other=0) // A
     x_rows = token.to(tl.int64) * x_step
     f = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
     inside = f < F
@@ -149,7 +149,7 @@ def _gate(  # type: ignore[no-untyped-def]
         for half in tl.static_range(HALVES):
             c = columns_of(k, BLOCK, NUMBERS, half)
             v = tl.load(
-                x + x_rows[None, :] + c[:, None], mask=there[None, :] & (c < K)[:, None], other=0.0
+                x + x_rows[None, :] + c[:, None], mask=valid[None, :] & (c < K)[:, None], other=0.0
             )
             n = widened(
                 raw_g, gate_scale, gate_offset, scales, inside, k, K, BLOCK, half, NUMBERS, GROUP,
@@ -166,7 +166,7 @@ def _gate(  # type: ignore[no-untyped-def]
         u *= tl.load(up_scale + scales, mask=inside, other=0.0).to(tl.float32)[:, None]
     y = g * tl.sigmoid(g) * u
     at = (first + r).to(tl.int64)[None, :] * F + f[:, None]
-    tl.store(made + at, y.to(made.dtype.element_ty), mask=inside[:, None] & there[None, :])
+    tl.store(output + at, y.to(output.dtype.element_ty), mask=inside[:, None] & valid[None, :])
 
 
 @triton.jit
@@ -182,7 +182,7 @@ def _down(  # type: ignore[no-untyped-def]
     order,
     spans,
     shares,
-    made,
+    output,
     K,
     O,
     E,
@@ -200,26 +200,26 @@ def _down(  # type: ignore[no-untyped-def]
     if expert >= E:
         return
     r = tl.arange(0, ROWS)
-    there = r < count
+    valid = r < count
     o = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
     inside = o < O
     wide = expert.to(tl.int64)
     y = times_rows(
-        x, (first + r).to(tl.int64) * K, there, weight + wide * expert_step,
+        x, (first + r).to(tl.int64) * K, valid, weight + wide * expert_step,
         scale + wide * expert_scales, offset + wide * expert_scales, row_step, scale_step,
         o, inside, 0, K, K, BLOCK, NUMBERS, GROUP, HEIGHT, WHOLE, OFFSET,
     )  # fmt: skip
-    choice = tl.load(order + first + r, mask=there, other=0)
-    y *= tl.load(shares + choice, mask=there, other=0.0).to(tl.float32)[None, :]
+    choice = tl.load(order + first + r, mask=valid, other=0)
+    y *= tl.load(shares + choice, mask=valid, other=0.0).to(tl.float32)[None, :]
     at = choice.to(tl.int64)[None, :] * O + o[:, None]
-    tl.store(made + at, y.to(made.dtype.element_ty), mask=inside[:, None] & there[None, :])
+    tl.store(output + at, y.to(output.dtype.element_ty), mask=inside[:, None] & valid[None, :])
 
 
 @triton.jit
-def _sum(each, made, C, A, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _sum(per_choice, output, C, A, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     n = tl.program_id(0).to(tl.int64)
     total = tl.zeros([BLOCK], tl.float32)
     for a in range(A):
-        total += tl.load(each + (n * A + a) * C + c, mask=c < C, other=0.0).to(tl.float32)
-    tl.store(made + n * C + c, total.to(made.dtype.element_ty), mask=c < C)
+        total += tl.load(per_choice + (n * A + a) * C + c, mask=c < C, other=0.0).to(tl.float32)
+    tl.store(output + n * C + c, total.to(output.dtype.element_ty), mask=c < C)

@@ -29,7 +29,7 @@ def rotate_and_keep(
     norm: tuple[Tensor, float] | None,
     interleaved: bool,
 ) -> Tensor | None:
-    """Return what `ops.keeping.rotate_and_keep` does, (N, H, D); memory is written."""
+    """Compute `ops.keeping.rotate_and_keep`, (N, H, D); write the memory."""
     weight, eps = norm or (None, 0.0)
     given = [q, k, other, cos, sin, *memory, pages.starts, pages.ends]
     given += [x for x in (weight, pages.table) if x is not None]

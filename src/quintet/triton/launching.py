@@ -1,4 +1,4 @@
-"""Where Triton's kernels run: CUDA devices, or Triton's interpreter for tests.
+"""The devices of Triton's kernels: CUDA, or Triton's interpreter for tests.
 
 `TRITON_INTERPRET=1`, set before Triton is imported, computes kernels in NumPy on the CPU.
 """
@@ -15,12 +15,12 @@ PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def missing() -> str | None:
-    """Say why kernels cannot run on this machine; None where they can."""
+    """Return why kernels cannot run on this machine; None if they can."""
     return None if torch.cuda.device_count() else "there is no CUDA device"
 
 
 def capability() -> int:
-    """Return what the current device can, as 80 or 90; 0 where it is the interpreter."""
+    """Return the current device's capability, as 80 or 90; 0 for the interpreter."""
     if triton.knobs.runtime.interpret:
         return 0
     return int(triton.runtime.driver.active.get_current_target().arch)
@@ -31,8 +31,8 @@ def takes(*tensors: Tensor) -> bool:
     if watched() or torch.is_autocast_enabled("cuda"):
         return False
     device, learns = tensors[0].device, torch.is_grad_enabled()
-    here = device.type == "cuda" or triton.knobs.runtime.interpret
-    return here and all(
+    usable = device.type == "cuda" or triton.knobs.runtime.interpret
+    return usable and all(
         type(x) in PLAIN
         and x.device == device
         and x.layout is torch.strided

@@ -35,7 +35,7 @@ def linears(x: Tensor, maps: Sequence[Matrix]) -> list[Tensor] | None:
     rows = x.reshape(-1, x.shape[-1])
     fits = len(rows) <= MOST and rows.stride(1) == 1
     found = [_found(one, rows) for one in maps] if fits else []
-    made = []
+    outputs = []
     for matrix, weight in zip(maps, found, strict=False):
         if weight is None:
             return None
@@ -44,8 +44,8 @@ def linears(x: Tensor, maps: Sequence[Matrix]) -> list[Tensor] | None:
             map_vectors(rows, weight, matrix.bias, y)
         else:
             _together(rows, weight, matrix.bias, y)
-        made.append(y.view(*x.shape[:-1], -1))
-    return made if found else None
+        outputs.append(y.view(*x.shape[:-1], -1))
+    return outputs if found else None
 
 
 def _found(matrix: Matrix, rows: Tensor) -> Held | None:
@@ -58,8 +58,8 @@ def _found(matrix: Matrix, rows: Tensor) -> Held | None:
     return held(matrix, O, rows.shape[1], rows.dtype) if O else None
 
 
-def _together(x: Tensor, weight: Held, bias: Tensor | None, made: Tensor) -> None:
-    (M, I), O = x.shape, made.shape[1]
+def _together(x: Tensor, weight: Held, bias: Tensor | None, output: Tensor) -> None:
+    (M, I), O = x.shape, output.shape[1]
     # Of one shape whoever shares the batch, where that may not matter.
     rows = 32 if batch_invariant() else min(max(power_of_two(M), 16), 64)
     launch(
@@ -69,7 +69,7 @@ def _together(x: Tensor, weight: Held, bias: Tensor | None, made: Tensor) -> Non
         x.stride(0),
         *weight.arguments,
         bias,
-        made,
+        output,
         I,
         O,
         M,
@@ -93,7 +93,7 @@ def _map_rows(  # type: ignore[no-untyped-def]
     expert_scales,
     scale_step,
     bias,
-    made,
+    output,
     K,
     O,
     M,
@@ -109,13 +109,13 @@ def _map_rows(  # type: ignore[no-untyped-def]
 ):
     o = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     m = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    inside, there = o < O, m < M
+    inside, valid = o < O, m < M
     wide = m.to(tl.int64)
     y = times_rows(
-        x, wide * x_step, there, weight, scale, offset, row_step, scale_step, o, inside, 0, K, K,
+        x, wide * x_step, valid, weight, scale, offset, row_step, scale_step, o, inside, 0, K, K,
         BLOCK, NUMBERS, GROUP, HEIGHT, WHOLE, OFFSET,
     )  # fmt: skip
     if BIAS:
         y += tl.load(bias + o, mask=inside, other=0.0).to(tl.float32)[:, None]
     at = wide[None, :] * O + o[:, None]
-    tl.store(made + at, y.to(made.dtype.element_ty), mask=inside[:, None] & there[None, :])
+    tl.store(output + at, y.to(output.dtype.element_ty), mask=inside[:, None] & valid[None, :])

@@ -37,7 +37,7 @@ def mamba2(
     counts: Tensor | None,
     through: Through | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None:
-    """Return what `ops.mamba2.mix_stepwise` does; the state is overwritten.
+    """Compute `ops.mamba2.mix_stepwise`; overwrite the state.
 
     That is the output (B, T, H·P), the convolution's last inputs (B, W - 1, C), the state
     (B, H, P, N), the convolved channels (B, T, C) and the step sizes (B, T, H).
@@ -56,14 +56,14 @@ def mamba2(
         return None
     C = sizes.H * sizes.P + 2 * sizes.G * sizes.N
     next_window = projected.new_empty(B, W - 1, C)
-    kept = state
-    if kept is None:
-        kept = projected.new_empty(B, sizes.H, sizes.P, sizes.N, dtype=torch.float32)
+    next_state = state
+    if next_state is None:
+        next_state = projected.new_empty(B, sizes.H, sizes.P, sizes.N, dtype=torch.float32)
     rows = projected.reshape(B * T, -1)
-    windows, states = (window, next_window), (state, kept)
-    made = _mix(rows, weights, sizes, texts, windows, states, through)
-    out, convolved, steps = (x.view(B, T, -1) for x in made)
-    return out, next_window, kept, convolved, steps
+    windows, states = (window, next_window), (state, next_state)
+    mixed = _mix(rows, weights, sizes, texts, windows, states, through)
+    out, convolved, steps = (x.view(B, T, -1) for x in mixed)
+    return out, next_window, next_state, convolved, steps
 
 
 def mix_texts(
@@ -74,7 +74,7 @@ def mix_texts(
     window: Tensor | None,
     state: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Return what `ops.mamba2_texts.mix_texts` does; window and state are overwritten."""
+    """Compute `ops.mamba2_texts.mix_texts`; overwrite window and state."""
     if projected.ndim != 2 or (window is None) != (state is None) or texts.counts is not None:
         return None
     sizes = _fits(projected, weights, texts, window, state)
@@ -92,7 +92,7 @@ def _mix(
     states: tuple[Tensor | None, Tensor | None],
     through: Through | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what is projected back, the convolved channels and the step sizes of M tokens."""
+    """Return the mixed states, the convolved channels and the step sizes of M tokens."""
     taps, conv_bias, *_, norm, num_groups, limits, eps = weights
     scalars = weights.dt_bias, weights.A_log, weights.D
     z, raw, dt = torch.split(projected, [len(norm), len(taps), sizes.H], dim=-1)

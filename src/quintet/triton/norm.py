@@ -20,21 +20,21 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor | None:
     rows = x.reshape(-1, C)
     if rows.stride(1) != 1:
         rows = rows.contiguous()
-    made = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    output = torch.empty_like(rows, memory_format=torch.contiguous_format)
     C_BLOCK = power_of_two(C)
     launch(
         _rms_norm,
         (len(rows),),
         rows,
         weight,
-        made,
+        output,
         rows.stride(0),
         C,
         eps,
         C_BLOCK=C_BLOCK,
         num_warps=min(max(C_BLOCK // 256, 1), 16),
     )
-    return made.view(x.shape)
+    return output.view(x.shape)
 
 
 def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, num_groups: int, eps: float) -> Tensor:
@@ -43,7 +43,7 @@ def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, num_groups: int, eps: f
     Shapes: y (N, I) in float32 without gaps, z (N, I), whose dtype is that of the result.
     """
     N, I = z.shape
-    made = z.new_empty(N, I)
+    output = z.new_empty(N, I)
     C = I // num_groups
     C_BLOCK = power_of_two(C)
     launch(
@@ -53,18 +53,18 @@ def gated_rms_norm(y: Tensor, z: Tensor, weight: Tensor, num_groups: int, eps: f
         z,
         z.stride(0),
         weight,
-        made,
+        output,
         I,
         C,
         eps,
         C_BLOCK=C_BLOCK,
         num_warps=min(max(C_BLOCK // 256, 1), 16),
     )
-    return made
+    return output
 
 
 @triton.jit
-def _rms_norm(x, weight, made, step, C, eps, C_BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _rms_norm(x, weight, output, step, C, eps, C_BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     c = tl.arange(0, C_BLOCK)
     inside = c < C
@@ -73,12 +73,12 @@ def _rms_norm(x, weight, made, step, C, eps, C_BLOCK: tl.constexpr):  # type: ig
     scaled = wide * tl.rsqrt(tl.sum(wide * wide) / C + eps)
     # Rounded before the weight, as the definition is.
     w = tl.load(weight + c, mask=inside, other=0.0).to(tl.float32)
-    tl.store(made + row * C + c, (scaled.to(y.dtype).to(tl.float32) * w).to(y.dtype), mask=inside)
+    tl.store(output + row * C + c, (scaled.to(y.dtype).to(tl.float32) * w).to(y.dtype), mask=inside)
 
 
 @triton.jit
 def _gated_rms_norm(  # type: ignore[no-untyped-def]
-    y, z, z_step, weight, made, I, C, eps, C_BLOCK: tl.constexpr
+    y, z, z_step, weight, output, I, C, eps, C_BLOCK: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
     within = tl.arange(0, C_BLOCK)
@@ -88,4 +88,4 @@ def _gated_rms_norm(  # type: ignore[no-untyped-def]
     wide = tl.load(y + row * I + c, mask=inside, other=0.0) * (gate * tl.sigmoid(gate))
     scaled = wide * tl.rsqrt(tl.sum(wide * wide) / C + eps)
     w = tl.load(weight + c, mask=inside, other=0.0).to(tl.float32)
-    tl.store(made + row * I + c, (scaled * w).to(made.dtype.element_ty), mask=inside)
+    tl.store(output + row * I + c, (scaled * w).to(output.dtype.element_ty), mask=inside)

@@ -79,8 +79,8 @@ def _choose(  # type: ignore[no-untyped-def]
     g = tl.arange(0, G_BLOCK)
     j = tl.arange(0, EACH_BLOCK)
     e = g[:, None] * EACH + j[None, :]
-    there = (g < G)[:, None] & (j < EACH)[None, :]
-    x = tl.load(logits + token * step + e, mask=there, other=float("-inf"))
+    valid = (g < G)[:, None] & (j < EACH)[None, :]
+    x = tl.load(logits + token * step + e, mask=valid, other=float("-inf"))
     if SIGMOID:
         scores = tl.sigmoid(x)
     else:
@@ -88,12 +88,12 @@ def _choose(  # type: ignore[no-untyped-def]
         scores = raised / tl.sum(tl.sum(raised, 1), 0)
     ranks = scores
     if bias is not None:
-        ranks += tl.load(bias + e, mask=there, other=0.0)
+        ranks += tl.load(bias + e, mask=valid, other=0.0)
     # What is no number goes before all, as in torch.
     ranks = tl.where(ranks == ranks, ranks, float("inf"))
     if KEPT < G:
         totals = tl.zeros([G_BLOCK], tl.float32)
-        left = there
+        left = valid
         for _ in range(RANKED):
             best = tl.max(tl.where(left, ranks, float("-inf")), 1)
             totals += best
@@ -103,18 +103,18 @@ def _choose(  # type: ignore[no-untyped-def]
         for _ in range(KEPT):
             best = tl.max(tl.where(losing, totals, float("-inf")), 0)
             losing = losing & (g != tl.min(tl.where(losing & (totals == best), g, G_BLOCK), 0))
-        there = there & (losing == 0)[:, None]
+        valid = valid & (losing == 0)[:, None]
     a = tl.arange(0, A_BLOCK)
     chosen = tl.zeros([A_BLOCK], tl.int32)
     own = tl.zeros([A_BLOCK], tl.float32)
     for place in range(A):
-        best = tl.max(tl.max(tl.where(there, ranks, float("-inf")), 1), 0)
-        first = tl.where(there & (ranks == best), e, G_BLOCK * EACH_BLOCK)
+        best = tl.max(tl.max(tl.where(valid, ranks, float("-inf")), 1), 0)
+        first = tl.where(valid & (ranks == best), e, G_BLOCK * EACH_BLOCK)
         expert = tl.min(tl.min(first, 1), 0)
         score = tl.sum(tl.sum(tl.where(e == expert, scores, 0.0), 1), 0)
         chosen = tl.where(a == place, expert, chosen)
         own = tl.where(a == place, score, own)
-        there = there & (e != expert)
+        valid = valid & (e != expert)
     if NORMALISE:
         own = own / (tl.sum(own, 0) + 1e-20)
     tl.store(indices + token * A + a, chosen.to(tl.int64), mask=a < A)

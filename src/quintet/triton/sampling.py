@@ -25,7 +25,7 @@ def draw(
     top_p: Value | None,
     min_p: Value | None,
 ) -> tuple[Tensor, Tensor] | None:
-    """Return what `ops.sampling.draw_in_one_pass` says; None where the kernel does not apply.
+    """Compute `ops.sampling.draw_in_one_pass`; None if the kernel does not apply.
 
     Shapes: scores (B, V) in float32, u (B, 1), numbers of rows (B, 1); returns (B,) and (B,).
     """
@@ -82,7 +82,7 @@ def _scores(row, at, V, divisor, DIVIDES: tl.constexpr, BLOCK: tl.constexpr):  #
 
 @triton.jit
 def _count(row, V, divisor, least, DIVIDES: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return how many keys are at least so large."""
+    """Return the number of keys that are at least so large."""
     total = tl.zeros([BLOCK], tl.int32)
     for at in range(0, V, BLOCK):
         _, keys = _scores(row, at, V, divisor, DIVIDES, BLOCK)
@@ -94,7 +94,7 @@ def _count(row, V, divisor, least, DIVIDES: tl.constexpr, BLOCK: tl.constexpr): 
 def _mass(  # type: ignore[no-untyped-def]
     row, V, divisor, top, least, below, DIVIDES: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Return what exp(score - top) sums to over keys from `least` on and below another."""
+    """Return the sum of exp(score - top) over keys from `least` on and below another."""
     total = tl.zeros([BLOCK], tl.float32)
     for at in range(0, V, BLOCK):
         x, keys = _scores(row, at, V, divisor, DIVIDES, BLOCK)
@@ -178,8 +178,10 @@ def _draw(  # type: ignore[no-untyped-def]
             below = _mass(row, V, t, top, least, tied, DIVIDES, BLOCK)
             same = _count(row, V, t, tied, DIVIDES, BLOCK)
             same -= _count(row, V, t, tied + 1, DIVIDES, BLOCK)
-            each = _mass(row, V, t, top, tied, tied + 1, DIVIDES, BLOCK) / same.to(tl.float32)
-            dropped = tl.minimum((limit - below) / each, same.to(tl.float32)).to(tl.int32)
+            mass_of_each = _mass(row, V, t, top, tied, tied + 1, DIVIDES, BLOCK) / same.to(
+                tl.float32
+            )
+            dropped = tl.minimum((limit - below) / mass_of_each, same.to(tl.float32)).to(tl.int32)
             # The likeliest stays.
             dropped = tl.where(tied == last, tl.minimum(dropped, same - 1), dropped)
             least = tied
@@ -200,8 +202,8 @@ def _draw(  # type: ignore[no-untyped-def]
                 is_tied = (keys == tied).to(tl.int32)
                 rank = ties + tl.cumsum(is_tied, 0)
                 w = tl.exp(x - top)
-                kept = (keys >= least) & ((keys > tied) | (rank > dropped)) & (w >= smallest)
-                w = tl.where(kept & (w > 0.0), w, 0.0)
+                remains = (keys >= least) & ((keys > tied) | (rank > dropped)) & (w >= smallest)
+                w = tl.where(remains & (w > 0.0), w, 0.0)
                 i = at + tl.arange(0, BLOCK)
                 if turn == 1:
                     beyond = (w > 0.0) & (passed + tl.cumsum(w, 0) > point)

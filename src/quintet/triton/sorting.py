@@ -29,7 +29,7 @@ def by_expert(indices: Tensor, E: int) -> tuple[Tensor, Tensor]:
 
 
 def most_tiles(choices: int, E: int, rows: int) -> int:
-    """Return how many tiles of so many rows the choices of E experts fill at most."""
+    """Return the maximum number of tiles of so many rows for the choices of E experts."""
     return min(choices, cdiv(choices, rows) + E - 1)
 
 

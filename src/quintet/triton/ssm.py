@@ -40,7 +40,7 @@ def through_states(
     sizes: Sizes,
     texts: Texts,
     before: Tensor | None,
-    kept: Tensor | None,
+    next_state: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Return y (M, H·P) and the step sizes (M, H) in float32, and write states.
 
@@ -62,8 +62,8 @@ def through_states(
         *scalars,
         before,
         0 if before is None else before.stride(0),
-        kept,
-        0 if kept is None else kept.stride(0),
+        next_state,
+        0 if next_state is None else next_state.stride(0),
         y,
         steps,
         texts.ends,
@@ -96,7 +96,7 @@ def through_states(
 
 
 def _rows(P: int, N_BLOCK: int, numbers: int) -> int:
-    """Return how many channels a program has, whose states are so many numbers at the most."""
+    """Return the number of channels per program, for at most `numbers` numbers of state."""
     return max(min(power_of_two(P), numbers // N_BLOCK), 1)
 
 
@@ -108,26 +108,26 @@ def _step_size(dt, least, most):  # type: ignore[no-untyped-def]
     one = e + 1.0
     same = one == 1.0
     log = tl.where(same, e, tl.log(one) * (e / tl.where(same, 1.0, one - 1.0)))
-    made = tl.where(dt > 20.0, dt, log)
-    made = tl.where(made < least, least, made)
-    return tl.where(made > most, most, made)
+    size = tl.where(dt > 20.0, dt, log)
+    size = tl.where(size < least, least, size)
+    return tl.where(size > most, most, size)
 
 
 @triton.jit
-def _held(before, before_row, row, head, p, n, P, N):  # type: ignore[no-untyped-def]
-    """Return what is kept of a head's channels p, where it lies in its row, and what is there."""
+def _initial_state(before, before_row, row, head, p, n, P, N):  # type: ignore[no-untyped-def]
+    """Return the state of a head's channels p, its place in the row, and its mask."""
     # A text that is nowhere begins with zeros, and leaves nothing.
-    there = (p < P)[:, None] & (n < tl.where(row >= 0, N, 0))[None, :]
+    valid = (p < P)[:, None] & (n < tl.where(row >= 0, N, 0))[None, :]
     place = head * P * N + p[:, None] * N + n[None, :]
     S = tl.zeros([p.shape[0], n.shape[0]], tl.float32)
     if before is not None:
-        S = tl.load(before + row * before_row + place, mask=there, other=0.0)
-    return S, place, there
+        S = tl.load(before + row * before_row + place, mask=valid, other=0.0)
+    return S, place, valid
 
 
 @triton.jit
 def _scalars(dt_bias, A_log, D, head):  # type: ignore[no-untyped-def]
-    """Return what is added to a head's step sizes, its A, and its D."""
+    """Return a head's bias of step sizes, its A, and its D."""
     bias = tl.load(dt_bias + head).to(tl.float32)
     A = -tl.exp(tl.load(A_log + head).to(tl.float32))
     return bias, A, tl.load(D + head).to(tl.float32)
@@ -144,7 +144,7 @@ def _recur(  # type: ignore[no-untyped-def]
     D,
     before,
     before_row,
-    kept,
+    next_state,
     kept_row,
     y,
     steps,
@@ -169,7 +169,7 @@ def _recur(  # type: ignore[no-untyped-def]
     p = tl.program_id(0) * P_BLOCK + tl.arange(0, P_BLOCK)
     n = tl.arange(0, N_BLOCK)
     p_in, n_in = p < P, n < N
-    S, place, there = _held(before, before_row, row, head, p, n, P, N)
+    S, place, valid = _initial_state(before, before_row, row, head, p, n, P, N)
     bias, A, skip = _scalars(dt_bias, A_log, D, head)
     of_group = H * P + head // (H // G) * N
     for t in range(length):
@@ -185,8 +185,8 @@ def _recur(  # type: ignore[no-untyped-def]
         tl.store(y + at * (H * P) + head * P + p, out, mask=p_in)
         if tl.program_id(0) == 0:
             tl.store(steps + at * H + head, dt)
-    if kept is not None:
-        tl.store(kept + row * kept_row + place, S, mask=there)
+    if next_state is not None:
+        tl.store(next_state + row * kept_row + place, S, mask=valid)
 
 
 @triton.jit
@@ -200,7 +200,7 @@ def _scan(  # type: ignore[no-untyped-def]
     D,
     before,
     before_row,
-    kept,
+    next_state,
     kept_row,
     y,
     steps,
@@ -229,7 +229,7 @@ def _scan(  # type: ignore[no-untyped-def]
     n = tl.arange(0, N_BLOCK)
     i = tl.arange(0, L)
     p_in, n_in = p < P, n < N
-    S, place, there = _held(before, before_row, row, head, p, n, P, N)
+    S, place, valid = _initial_state(before, before_row, row, head, p, n, P, N)
     bias, A, skip = _scalars(dt_bias, A_log, D, head)
     of_group = H * P + head // (H // G) * N
     kinds: tl.constexpr = tl.bfloat16 if NARROW else tl.float32
@@ -269,5 +269,5 @@ def _scan(  # type: ignore[no-untyped-def]
         left = tl.exp((whole - so_far).to(tl.float32)) * dt
         taken = tl.trans(wide * left[:, None]).to(kinds)
         S = tl.dot(taken, b, S * tl.exp(whole.to(tl.float32)), input_precision=PRECISION)
-    if kept is not None:
-        tl.store(kept + row * kept_row + place, S, mask=there)
+    if next_state is not None:
+        tl.store(next_state + row * kept_row + place, S, mask=valid)

@@ -27,5 +27,5 @@ class Texts:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """What of this is on the device."""
+        """The tensors among these fields."""
         return tuple(x for x in (self.ends, self.rows, self.counts) if x is not None)

@@ -10,7 +10,7 @@ from quintet.triton.weights import columns_of, stored, widened
 def times_rows(  # type: ignore[no-untyped-def]
     x,
     x_rows,
-    there,
+    valid,
     weight,
     scale,
     offset,
@@ -31,7 +31,7 @@ def times_rows(  # type: ignore[no-untyped-def]
     """Return rows o of a weight times vectors, (rows, vectors) in float32.
 
     Args:
-        x_rows: where each vector begins; those not `there` are zeros.
+        x_rows: where each vector begins; those not `valid` are zeros.
         start: the first column that is multiplied, of a whole step; `end` is behind the last.
     """
     HALVES: tl.constexpr = 2 if NUMBERS == 2 or NUMBERS == 3 else 1
@@ -43,7 +43,7 @@ def times_rows(  # type: ignore[no-untyped-def]
         for half in tl.static_range(HALVES):
             c = columns_of(k, BLOCK, NUMBERS, half)
             v = tl.load(
-                x + x_rows[None, :] + c[:, None], mask=there[None, :] & (c < K)[:, None], other=0.0
+                x + x_rows[None, :] + c[:, None], mask=valid[None, :] & (c < K)[:, None], other=0.0
             )
             n = widened(
                 raw, scale, offset, of_groups, inside, k, K, BLOCK, half, NUMBERS, GROUP, WHOLE,

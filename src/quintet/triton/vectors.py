@@ -18,7 +18,7 @@ ROWS = 4
 
 
 def gate_vectors(
-    x: Tensor, gate: Held, up: Held, made: Tensor, indices: Tensor | None, vectors: int
+    x: Tensor, gate: Held, up: Held, output: Tensor, indices: Tensor | None, vectors: int
 ) -> None:
     """Write silu(gate x) · up x of each vector, and of each expert that is its own.
 
@@ -26,15 +26,15 @@ def gate_vectors(
     """
     launch(
         _gate_vectors,
-        (cdiv(made.shape[1], ROWS), vectors),
+        (cdiv(output.shape[1], ROWS), vectors),
         x,
         x.stride(0),
         *gate.arguments,
         *up.arguments[:3],
         indices,
-        made,
+        output,
         x.shape[1],
-        made.shape[1],
+        output.shape[1],
         1 if indices is None else indices.shape[1],
         CHOSEN=indices is not None,
         BLOCK=_block(x, gate),
@@ -47,7 +47,7 @@ def map_vectors(
     x: Tensor,
     weight: Held,
     bias: Tensor | None,
-    made: Tensor,
+    output: Tensor,
     indices: Tensor | None = None,
     shares: Tensor | None = None,
 ) -> None:
@@ -57,16 +57,16 @@ def map_vectors(
     """
     launch(
         _map_vectors,
-        (cdiv(made.shape[1], ROWS), made.shape[0]),
+        (cdiv(output.shape[1], ROWS), output.shape[0]),
         x,
         x.stride(0),
         *weight.arguments,
         bias,
         indices,
         shares,
-        made,
+        output,
         x.shape[1],
-        made.shape[1],
+        output.shape[1],
         1 if indices is None else indices.shape[1],
         CHOSEN=indices is not None,
         BIAS=bias is not None,
@@ -77,7 +77,7 @@ def map_vectors(
 
 
 def _block(x: Tensor, weight: Held) -> int:
-    """Return how many columns a step has: 16 bytes a thread and row or two."""
+    """Return the number of columns per step: 16 bytes a thread and row or two."""
     return max(min(power_of_two(x.shape[1]), 1024 if weight.weight.itemsize == 1 else 512), 64)
 
 
@@ -134,7 +134,7 @@ def _gate_vectors(  # type: ignore[no-untyped-def]
     up_scale,
     up_offset,
     indices,
-    made,
+    output,
     K,
     F,
     A,
@@ -166,7 +166,7 @@ def _gate_vectors(  # type: ignore[no-untyped-def]
         f, inside, K, BLOCK, NUMBERS, GROUP, HEIGHT, WHOLE, OFFSET,
     )  # fmt: skip
     y = g * tl.sigmoid(g) * u
-    tl.store(made + pair * F + f, y.to(made.dtype.element_ty), mask=inside)
+    tl.store(output + pair * F + f, y.to(output.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -183,7 +183,7 @@ def _map_vectors(  # type: ignore[no-untyped-def]
     bias,
     indices,
     shares,
-    made,
+    output,
     K,
     O,
     A,
@@ -218,4 +218,4 @@ def _map_vectors(  # type: ignore[no-untyped-def]
         total += y
     if BIAS:
         total += tl.load(bias + o, mask=inside, other=0.0).to(tl.float32)
-    tl.store(made + n * O + o, total.to(made.dtype.element_ty), mask=inside)
+    tl.store(output + n * O + o, total.to(output.dtype.element_ty), mask=inside)

@@ -48,7 +48,7 @@ class Held(NamedTuple):
 
     @property
     def arguments(self) -> tuple[Tensor | int, ...]:
-        """What a kernel is given when it runs."""
+        """The run-time arguments of a kernel."""
         return (self.weight, self.scale, self.offset, *self.steps)
 
 
@@ -152,17 +152,17 @@ def columns_of(k, BLOCK: tl.constexpr, NUMBERS: tl.constexpr, HALF: tl.constexpr
 def stored(  # type: ignore[no-untyped-def]
     weight, rows, inside, k, K, BLOCK: tl.constexpr, NUMBERS: tl.constexpr
 ):
-    """Return what lies in memory of some rows, which begin `rows` numbers behind `weight`."""
+    """Return the stored numbers of some rows, which begin `rows` numbers behind `weight`."""
     if NUMBERS == 2 or NUMBERS == 3:
         # A byte for each two numbers; rows are filled up to whole 64s.
         at = k // 2 + tl.arange(0, BLOCK // 2)
-        there = at < tl.cdiv(K, 64) * 32
+        valid = at < tl.cdiv(K, 64) * 32
     else:
         at = k + tl.arange(0, BLOCK)
-        there = at < K
-    there = inside[:, None] & there[None, :]
+        valid = at < K
+    valid = inside[:, None] & valid[None, :]
     zero: tl.constexpr = 0.0 if NUMBERS == 0 or NUMBERS == 4 else 0
-    return tl.load(weight + rows[:, None] + at[None, :], mask=there, other=zero)
+    return tl.load(weight + rows[:, None] + at[None, :], mask=valid, other=zero)
 
 
 @triton.jit
@@ -196,11 +196,11 @@ def widened(  # type: ignore[no-untyped-def]
         COUNT: tl.constexpr = WIDE // SHARED
         first = k + tl.arange(0, COUNT) * (64 if PACKED else SHARED) + 32 * HALF
         at = rows[:, None] + (first // GROUP)[None, :]
-        there = inside[:, None] & (first < K)[None, :]
+        valid = inside[:, None] & (first < K)[None, :]
         n = tl.reshape(n, [O, COUNT, SHARED])
-        n *= tl.load(scale + at, mask=there, other=0.0).to(tl.float32)[:, :, None]
+        n *= tl.load(scale + at, mask=valid, other=0.0).to(tl.float32)[:, :, None]
         if OFFSET:
-            n += tl.load(offset + at, mask=there, other=0.0).to(tl.float32)[:, :, None]
+            n += tl.load(offset + at, mask=valid, other=0.0).to(tl.float32)[:, :, None]
         n = tl.reshape(n, [O, WIDE])
     return n
 

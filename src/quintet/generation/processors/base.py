@@ -36,7 +36,7 @@ class ConstrainingProcessor(LogitsProcessor):
     """
 
     def accepted(self, row: int, ids: Tensor, tokens: list[int]) -> int:
-        """Return how many of the given tokens may follow a row's ids (T,)."""
+        """Return the number of the given tokens that may follow a row's ids (T,)."""
         raise NotImplementedError(f"{type(self).__name__} has to define accepted(row, ids, tokens)")
 
     def forced(self, row: int, ids: Tensor) -> list[int]:

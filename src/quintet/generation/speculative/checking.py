@@ -100,7 +100,7 @@ def for_a_turn(sampler: Sampler, unfinished: Sequence[bool]) -> Sampler:
 
 
 def _needed(sampler: Sampler, draft: Draft, unfinished: Sequence[bool]) -> Tensor | None:
-    """Return which scores (B, K + 1) may be needed, or None if no processor asks."""
+    """Return a mask (B, K + 1) of the scores that may be needed, or None if no processor asks."""
     if not sampler.reads_unfinished:
         return None
     device = draft.tokens.device

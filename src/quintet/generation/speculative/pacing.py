@@ -8,7 +8,7 @@ DRAFTS, SHARE, REST = 32, 0.4, 256
 
 
 def room_for_drafts(rows: int, *, few_bits: bool) -> int:
-    """Return how many tokens to draft per row in a step of this many rows."""
+    """Return the number of tokens to draft per row in a step of this many rows."""
     return max((ROOM_FEW_BITS if few_bits else ROOM) // max(rows, 1) - 1, 0)
 
 

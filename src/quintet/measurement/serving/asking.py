@@ -172,7 +172,7 @@ def _parsed(data: str) -> Any:
 
 
 def _object(value: Any) -> dict[str, Any]:
-    """Return what a server says where an object should be; empty where it is none."""
+    """Parse a server's JSON object; empty if it is none."""
     return value if isinstance(value, dict) else {}
 
 
@@ -181,7 +181,7 @@ def _count(value: Any) -> int:
 
 
 def _error(status: int, content: bytes) -> str:
-    """Say what a status means by the code that stands with it, if one does: no texts of users."""
+    """Describe a status and the code that stands with it: no texts of users."""
     try:
         error = _object(_object(json.loads(content)).get("error"))
     except (ValueError, RecursionError):

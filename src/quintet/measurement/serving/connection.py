@@ -96,7 +96,7 @@ class Reply:
                     data, size = [], 0
 
     async def _size(self) -> int:
-        """Return how long the next piece is; 0 behind the last."""
+        """Return the length of the next piece; 0 behind the last."""
         size = (await self._whole_line()).partition(b";")[0].strip()
         if not _CHUNK.fullmatch(size):
             raise ServingError(f"the answer is not HTTP/1.1: a piece of it has the size {size!r}")

@@ -55,7 +55,7 @@ class Shape:
 
     @property
     def most(self) -> int:
-        """How many tokens a prompt has with its answer, at the most."""
+        """The maximum number of tokens of a prompt with its answer."""
         return self.shared + self.own + (self.turns - 1) * self.grows + self.out
 
 

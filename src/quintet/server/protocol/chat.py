@@ -23,7 +23,7 @@ FORMATS = "use response_format, regex or grammar"
 
 
 class StreamOptions(Body):
-    """What a stream has beside the answer."""
+    """The options of a stream."""
 
     IDLE: ClassVar = frozenset({"include_obfuscation"})
 
@@ -82,7 +82,7 @@ class ChatRequest(SamplingFields):
     grammar: Annotated[str, Field(min_length=1)] | None = None
 
     def question(self, settings: Settings, vocab_size: int, scope: str) -> Ask:
-        """Return what is asked, by whom.
+        """Return the request, for a user.
 
         Raises:
             ApiError: a value breaks its rule, or fields contradict each other.
@@ -129,7 +129,7 @@ class ChatRequest(SamplingFields):
         )
 
     def _most(self) -> int | None:
-        """Return how many tokens an answer may have."""
+        """Return the maximum number of tokens of an answer."""
         given = [one for one in (self.max_completion_tokens, self.max_tokens) if one is not None]
         if len(set(given)) > 1:
             raise invalid(

@@ -76,7 +76,7 @@ class CompletionRequest(SamplingFields):
     def question(
         self, ids: tuple[int, ...], where: str, settings: Settings, vocab_size: int, scope: str
     ) -> Ask:
-        """Return what is asked of one prompt, where it stands in the request, by whom.
+        """Return the request of each prompt, with its place in the body, for a user.
 
         Raises:
             ApiError: a value breaks its rule.

@@ -1,4 +1,4 @@
-"""What form an answer is to have: `response_format`, and `regex` and `grammar` beside it."""
+"""The form of an answer: `response_format`, and `regex` and `grammar` beside it."""
 
 import json
 from collections.abc import Mapping

@@ -9,7 +9,7 @@ from quintet.errors import shown
 
 
 def by_type(default: str = "", **others: str) -> Discriminator:
-    """Return what tells the members of a union apart, by the type that an object says it has.
+    """Return a discriminator for the members of a union, by the `type` of an object.
 
     Tags begin with a slash, as keys of requests do not: places in a request are told without them.
 

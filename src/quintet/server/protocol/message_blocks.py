@@ -1,4 +1,4 @@
-"""What a Message of Anthropic's is asked for with: turns of blocks, as messages of a chat."""
+"""Blocks of Anthropic's messages, and their translation into messages of a chat."""
 
 import json
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ class TextBlock(Body):
 
 
 class ThinkingBlock(Body):
-    """What the assistant thought."""
+    """The assistant's thoughts."""
 
     IDLE = frozenset({"cache_control"})
 
@@ -32,7 +32,7 @@ class ThinkingBlock(Body):
 
 
 class RedactedThinkingBlock(Body):
-    """What an assistant elsewhere thought, sealed."""
+    """Thoughts of an assistant elsewhere, sealed."""
 
     IDLE = frozenset({"data"})
 
@@ -54,7 +54,7 @@ Texts = str | Annotated[list[Annotated[TextBlock, only("a block", "text")]], Fie
 
 
 class ToolResultBlock(Body):
-    """What a tool gave."""
+    """The result of a tool."""
 
     # Chats have no place for it; what went wrong is in the content.
     IDLE = frozenset({"cache_control", "is_error"})
@@ -76,7 +76,7 @@ Block = Annotated[
 
 
 class Turn(Body):
-    """What one side says in one go."""
+    """The blocks of one side in one turn."""
 
     role: Literal["user", "assistant", "system"]
     content: str | Annotated[list[Block], Field(min_length=1, fail_fast=True)]

@@ -78,7 +78,7 @@ class JsonFormat(Body):
 
 
 class OutputConfig(Body):
-    """What the answer is to be like."""
+    """The required form of the answer."""
 
     IDLE = frozenset({"effort"})
 
@@ -86,7 +86,7 @@ class OutputConfig(Body):
 
 
 class CountTokensRequest(Body):
-    """What a prompt is made of, to count the tokens of."""
+    """The parts of a prompt whose tokens are counted."""
 
     IDLE = frozenset(
         {"cache_control", "context_management", "speed", "user_profile_id", "workspace_id"}
@@ -105,7 +105,7 @@ class CountTokensRequest(Body):
     chat_template_kwargs: dict[str, Any] | None = None
 
     def conversation(self, settings: Settings) -> tuple[str, Conversation]:
-        """Return which tools are to be called, and what was said so far.
+        """Return the tools that may be called, and the conversation so far.
 
         An answer that was begun is to be gone on with.
 
@@ -149,7 +149,7 @@ StopSequence = Annotated[str, Field(min_length=1)]
 
 
 class MessagesRequest(CountTokensRequest, SamplingFields):
-    """What to answer."""
+    """The body of a request for a message."""
 
     IDLE = CountTokensRequest.IDLE | {"metadata", "service_tier"}
     REFUSED: ClassVar[Mapping[str, str]] = {
@@ -229,7 +229,7 @@ _TYPES = {
 
 
 def error_body(error: ApiError) -> Wire:
-    """Return what tells of an error, in Anthropic's shape.
+    """Return the body of an error in Anthropic's shape.
 
     It has no place for the field that is to blame, which is therefore named in the message.
     """

@@ -13,7 +13,7 @@ from quintet.tokenization import PreTrainedTokenizer
 
 @contextmanager
 def placed(where: str) -> Iterator[None]:
-    """Say which field of a request has more tokens than there is room for, ever.
+    """Raise an error of length again as an ApiError that names the field `where`.
 
     Raises:
         ApiError: it has.

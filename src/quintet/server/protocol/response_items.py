@@ -1,4 +1,4 @@
-"""What a Response is asked for with: items of a conversation, as messages of a chat."""
+"""The items of a Response's conversation, and their translation into messages of a chat."""
 
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
@@ -23,7 +23,7 @@ class Text(Body):
 
 
 class Refusal(Body):
-    """What an assistant said instead of an answer."""
+    """The assistant's refusal."""
 
     type: Literal["refusal"]
     refusal: str
@@ -63,7 +63,7 @@ class FunctionCall(Body):
 
 
 class FunctionCallOutput(Body):
-    """What a tool gave."""
+    """The result of a tool."""
 
     IDLE = frozenset({"caller", "namespace", "name"})
 
@@ -75,7 +75,7 @@ class FunctionCallOutput(Body):
 
 
 class ReasoningItem(Body):
-    """What the assistant thought; as it comes back from clients, often without its text."""
+    """The assistant's thoughts; clients often return them without their text."""
 
     IDLE = frozenset({"encrypted_content"})
 

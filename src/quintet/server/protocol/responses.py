@@ -71,7 +71,7 @@ class TextFormat(Body):
         return self
 
     def constraint(self, settings: Settings) -> Wire | None:
-        """Return what the answer has to keep to, or None.
+        """Return the constraint of the answer, or None.
 
         Raises:
             ApiError: a schema that is too large.
@@ -92,7 +92,7 @@ class TextFormat(Body):
 
 
 class TextConfig(Body):
-    """What the text of the answer is to be like."""
+    """The required form of the answer's text."""
 
     IDLE = frozenset({"verbosity"})
 
@@ -100,7 +100,7 @@ class TextConfig(Body):
 
 
 class Reasoning(Body):
-    """How much to think before the answer."""
+    """The amount of reasoning before the answer."""
 
     IDLE = frozenset({"context", "generate_summary", "mode", "summary"})
 
@@ -126,7 +126,7 @@ Tool = Annotated[
 
 
 class ResponsesRequest(SamplingFields):
-    """What to respond to."""
+    """The body of a request for a response."""
 
     IDLE = frozenset(
         {
@@ -202,7 +202,7 @@ class ResponsesRequest(SamplingFields):
         )
 
     def warnings(self) -> list[str]:
-        """Return what of the question has no effect, besides fields of its own."""
+        """Return the fields of the request that have no effect, besides fields of its own."""
         left_out = [
             f"tools[{index}] is of a type that is not here and is left out"
             for index, tool in enumerate(self.tools or ())

@@ -45,7 +45,7 @@ class TextChoice:
         self._echoed = not prompt.echo
 
     def feed(self, answer_event: AnswerEvent) -> Iterator[dict[str, Any]]:
-        """Yield what it adds to the text."""
+        """Yield the parts that an event adds to the text."""
         match answer_event.event:
             case Prompted():
                 self._prompt.scores = answer_event.scores
@@ -105,7 +105,7 @@ def joined(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _written(scores: Sequence[TokenScore], offsets: Sequence[int]) -> dict[str, Any]:
-    """Return how likely tokens were, each in one list; nothing predicts the first of a prompt."""
+    """Return the probabilities of tokens in lists; the first token of a prompt has none."""
     return {
         "tokens": [_spelled(score) for score in scores],
         "token_logprobs": [

@@ -1,4 +1,4 @@
-"""What is said in a conversation, and what may be called, as OpenAI's chat has it."""
+"""The messages of a conversation and the tools it may call, as in OpenAI's chat."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
@@ -24,7 +24,7 @@ class Part(Body):
 
 
 class CalledFunction(Body):
-    """What was called, and how."""
+    """The name and arguments of a called function."""
 
     name: Annotated[str, Field(min_length=1, max_length=256)]
     arguments: Arguments | dict[str, Any] | None = None
@@ -111,7 +111,7 @@ class Message(Body):
 
 
 class Function(Body):
-    """What may be called."""
+    """A function that may be called."""
 
     name: Name
     description: str | None = None
@@ -142,14 +142,14 @@ class ChosenTool(Body):
 
 
 class AllowedTools(Body):
-    """Those of the tools that may be called now."""
+    """The tools, of those given, that may be called now."""
 
     mode: Literal["auto", "required"]
     tools: Annotated[list[ChosenTool], Field(min_length=1, max_length=128, fail_fast=True)]
 
 
 class ToolChoice(Body):
-    """Which tool is to be called, or which may be."""
+    """The tool to call, or the tools that may be called."""
 
     type: str
     function: ChosenFunction | None = None

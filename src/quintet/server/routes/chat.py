@@ -73,7 +73,7 @@ async def _chunks(
 
 
 def _delta(answer_event: AnswerEvent) -> dict[str, Any]:
-    """Return what an event adds to a message, and nothing else."""
+    """Return only the fields that an event adds to a message."""
     match answer_event.event:
         case Reasoning(text):
             # Both names are read by clients.

@@ -111,6 +111,6 @@ async def _whole(
 
 
 def _usages_by_prompt(choices: list[TextChoice], count: int) -> list[list[Tokens]]:
-    """Return how many tokens the texts took, those of one prompt together."""
+    """Return the token usage of the texts, grouped by prompt."""
     usages = [one.usage for one in choices if one.usage is not None]
     return [usages[start : start + count] for start in range(0, len(usages), count)]

@@ -49,7 +49,7 @@ async def create(request: Request) -> Response:
 
 @router.post(COUNTING, openapi_extra=documented(CountTokensRequest))
 async def count_tokens(request: Request) -> Response:
-    """Return how many tokens a prompt has."""
+    """Return the number of tokens of a prompt."""
     service = service_of(request)
     body, warnings = await received(request, CountTokensRequest)
     served = await service.registry.get(body.model)

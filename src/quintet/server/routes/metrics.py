@@ -1,4 +1,4 @@
-"""What Prometheus asks for."""
+"""The route that Prometheus scrapes."""
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
@@ -8,6 +8,6 @@ router = APIRouter(tags=["operation"])
 
 @router.get("/metrics")
 async def metrics(request: Request) -> Response:
-    """Return what is counted, in the text formats of Prometheus and OpenMetrics."""
+    """Return the metrics in the text formats of Prometheus and OpenMetrics."""
     content, kind = request.app.state.metrics.exposition(request.headers.get("accept", ""))
     return Response(content, media_type=kind)

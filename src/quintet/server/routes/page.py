@@ -39,7 +39,7 @@ def router() -> APIRouter:
 
 
 def _described(one: Listed, model: Loaded | None, settings: Settings) -> dict[str, Any]:
-    """Return what the page shows of a model; of one that is not loaded, its name."""
+    """Return the facts of a model that the page shows; only its name if it is not loaded."""
     if model is None:
         return {"id": one.name, "context": one.context, "defaults": {}}
     variables: frozenset[str] = frozenset()
@@ -60,7 +60,7 @@ def _described(one: Listed, model: Loaded | None, settings: Settings) -> dict[st
 
 
 def defaults(config: GenerationConfig) -> dict[str, float | None]:
-    """Return how tokens are chosen where a request does not say, by the protocol's names."""
+    """Return the default sampling settings, by the protocol's names."""
     drawn = bool(config.do_sample)
     heat = 1.0 if config.temperature is None else config.temperature
     return {

@@ -121,7 +121,7 @@ async def detokenize(request: Request) -> JSONResponse:
 
 @router.get("/tokenizer_info")
 async def tokenizer_info(request: Request, model: str | None = None) -> dict[str, Any]:
-    """Return what a program needs to write prompts by itself: special tokens and the template."""
+    """Return the special tokens and the template, so that a program can write prompts."""
     served = await _named(service_of(request), model)
     tokenizer = served.tokenizer
     named = {

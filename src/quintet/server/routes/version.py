@@ -1,4 +1,4 @@
-"""Which server it is, and how much it has to do."""
+"""The server's version and load."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ async def version() -> dict[str, str]:
 
 @router.get("/load")
 async def load(request: Request) -> dict[str, Any]:
-    """Return how much is under way and how much waits, of all models and of each."""
+    """Return the numbers of running and waiting requests, in total and per model."""
     service = service_of(request)
     models = {
         name: {

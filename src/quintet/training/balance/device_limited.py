@@ -62,7 +62,7 @@ class DeviceLimitedBalance:
         self.devices, self.reached = devices, reached
 
     def counts(self, batch: Batch) -> Mapping[str, int]:
-        """Return how many texts there are."""
+        """Return the number of texts."""
         return dict.fromkeys(self.weights, texts_of(batch)[1])
 
     def terms(self, routing: Routing, at: Progress) -> Mapping[str, Term]:

@@ -136,7 +136,7 @@ class TokenDropping:
 def beyond_budget(
     scores: Tensor, devices: Tensor, spared: Tensor, count: int, budget: int
 ) -> Tensor:
-    """Tell which pairs of a token and an expert are to be dropped, (N, A).
+    """Return a mask (N, A) of the pairs of token and expert that are dropped.
 
     Of each device those of the lowest scores go, until it has no more than its budget, or only
     pairs that are spared. Shapes: scores, devices and spared (N, A).
@@ -153,7 +153,7 @@ def beyond_budget(
 
 
 def chosen_by_content(ids: Tensor, texts: Tensor, share: float) -> Tensor:
-    """Tell of each token (N,) whether its text is among a share of all that their ids choose.
+    """Return a mask (N,) of tokens whose text is in a share that the texts' ids choose.
 
     Shapes: ids and texts (N,), the tokens of a text beside each other.
     """
@@ -166,7 +166,7 @@ def chosen_by_content(ids: Tensor, texts: Tensor, share: float) -> Tensor:
 
 
 def _mixed(x: Tensor) -> Tensor:
-    """Return whole numbers in which each bit of those given changes half of the bits."""
+    """Hash integers, so that each input bit changes half of the output bits."""
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
         x = (x ^ ((x >> shift) & (2 ** (64 - shift) - 1))) * factor
     return x ^ ((x >> 31) & (2**33 - 1))

@@ -18,7 +18,7 @@ class BalanceLoss(Protocol):
         ...
 
     def counts(self, batch: Batch) -> Mapping[str, int]:
-        """Return how much each term will be summed over, by its name; without the model."""
+        """Return the number of items that each term is summed over, by its name; runs no model."""
         ...
 
     def terms(self, routing: Routing, at: Progress) -> Mapping[str, Term]:

@@ -62,7 +62,7 @@ class Routing:
         return own if self.chunks is None else self.chunks.summed(own)
 
     def per_layer(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield of each layer the affinities (N, E) and the experts chosen (N, A)."""
+        """Yield the affinities (N, E) and chosen experts (N, A) of each layer."""
         for layer in self.layers:
             scores = layer.affinities()
             yield scores, layer.choice(scores)

@@ -33,7 +33,7 @@ class SequenceBalance:
         self.alpha = weight_schedule("alpha", alpha)
 
     def counts(self, batch: Batch) -> Mapping[str, int]:
-        """Return how many texts there are."""
+        """Return the number of texts."""
         return {"sequence_balance": texts_of(batch)[1]}
 
     def terms(self, routing: Routing, at: Progress) -> Mapping[str, Term]:

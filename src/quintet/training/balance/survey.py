@@ -12,7 +12,7 @@ from quintet.training.batch import Batch
 def loads_of_step(
     model: nn.Module, parts: Iterable[Batch], run: Callable[[Batch], object]
 ) -> Tensor:
-    """Return how often each expert is chosen in all parts of a step, (L, E), by running them.
+    """Return the load of each expert in all parts of a step, (L, E), by running them.
 
     Losses of the whole step (`BalanceLoss.of_whole_step`) need that before the first part is
     learned from. Nothing is learned, counted or drawn here that a step would notice: dropout falls

@@ -63,7 +63,7 @@ class SwitchBalance:
         return self.scope == "global" and "auxiliary" in self.weights
 
     def counts(self, batch: Batch) -> Mapping[str, int]:
-        """Return how many texts or tokens there are."""
+        """Return the number of texts or tokens."""
         count = texts_of(batch)[1] if self.scope == "sequence" else batch.tokens
         return dict.fromkeys(self.weights, count)
 

@@ -34,7 +34,7 @@ def build_data(
     vocab_size: int | None = None,
     tell: Callable[[str], None] = lambda message: None,
 ) -> TokenData:
-    """Return what settings name, encoded by a tokenizer: once, and opened from then on.
+    """Encode the configured data with a tokenizer once; later calls open the result.
 
     Args:
         settings: the `[data]` table.
@@ -136,7 +136,7 @@ def _held_out(
 def _digest(
     settings: DataSettings, packing: Packing, weights: Sequence[Schedule], stores: Sequence[Store]
 ) -> str:
-    """Return what changes with the rows of any step; where files lie is no part of it."""
+    """Return a digest of the rows of all steps; the places of files are no part of it."""
     elsewhere = ("sources", "held_out_sources", "cache", "on_bad")
     options = {k: v for k, v in asdict(settings).items() if k not in elsewhere}
     changing = [[weight.at(Progress(0, 0, i / 64)) for i in range(65)] for weight in weights]

@@ -118,7 +118,7 @@ class ChatEncoder:
     def _written(
         self, messages: Sequence[Message], tools: Any, template: str, first: int
     ) -> list[Written]:
-        """Return what is written of a conversation, the whole of it last."""
+        """Return the texts written of a conversation, the whole of it last."""
 
         def write(those: Sequence[Message], add_generation_prompt: bool) -> str:
             text: str = self._tokenizer.apply_chat_template(

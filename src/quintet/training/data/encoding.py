@@ -99,7 +99,7 @@ def _source(settings: SourceSettings, folder: Path) -> _Source:
 
 
 def _kind(files: Sequence[SourceFile], settings: SourceSettings) -> Kind:
-    """Return what the first good record holds."""
+    """Return the kind of the first good record."""
     for file in files:
         for record in read(file, settings.undecodable):
             if isinstance(record.value, dict):
@@ -110,7 +110,7 @@ def _kind(files: Sequence[SourceFile], settings: SourceSettings) -> Kind:
 
 
 def _key(sources: Sequence[_Source], settings: DataSettings, tokenizer: PreTrainedTokenizer) -> str:
-    """Return what decides what is in a store: the files, the tokenizer and how they are read."""
+    """Return the key of a store: a digest of files, tokenizer and way of reading."""
     read_by = [
         (source.kind, asdict(source.settings.fields), source.settings.undecodable)
         for source in sources

@@ -87,7 +87,7 @@ def _hidden(path: Path, folder: Path) -> bool:
 
 
 def _format(path: str) -> Format | None:
-    """Return how a file is written, by the end of its name; None where that does not tell."""
+    """Return the format of a file by its suffix; None if that does not tell."""
     name = path.lower()
     if name.endswith(UNCLEAR):
         return None
@@ -95,7 +95,7 @@ def _format(path: str) -> Format | None:
 
 
 def digest_of(files: Sequence[SourceFile]) -> str:
-    """Return what changes when a file does: of names, sizes, times and samples of contents.
+    """Return a digest of files' names, sizes, times and samples of contents.
 
     Raises:
         DataError: a file cannot be read.

@@ -37,12 +37,12 @@ class Data(Protocol):
 
     @property
     def tokens(self) -> int | None:
-        """How many tokens one pass over everything has, where that is known."""
+        """The number of tokens of one pass over everything, if it is known."""
         ...
 
     @property
     def documents(self) -> int | None:
-        """How many documents, conversations or pairs there are, where that is known."""
+        """The number of documents, conversations or pairs, if it is known."""
         ...
 
     @property
@@ -70,5 +70,5 @@ class Data(Protocol):
         ...
 
     def fingerprint(self) -> str:
-        """Return what is the same exactly where the same steps read the same tokens."""
+        """Return a digest that is equal if and only if equal steps read equal tokens."""
         ...

@@ -29,7 +29,7 @@ class Rows(Protocol):
     """Rows without end: when all documents have been read, they come again in another order."""
 
     def row(self, number: int) -> Sequence[Piece]:
-        """Return what a row holds."""
+        """Return the contents of a row."""
         ...
 
 
@@ -59,7 +59,7 @@ class Stream:
         self._shuffled: OrderedDict[int, NDArray[np.int64]] = OrderedDict()
 
     def row(self, number: int) -> list[Piece]:
-        """Return what a row holds."""
+        """Return the contents of a row."""
         turn, offset = divmod(self._place(number) * self._context, self._total)
         found: list[Piece] = []
         missing = self._context
@@ -114,7 +114,7 @@ class Windows:
         self._places = int(self._ends[-1]) - context + 1
 
     def row(self, number: int) -> list[Piece]:
-        """Return what a row holds."""
+        """Return the contents of a row."""
         at = int(lots(self._seed, 1, number)[0]) % self._places
         stop = at + self._context
         found = []
@@ -139,7 +139,7 @@ class Padded:
         self._pieces, self._orders = pieces, _Orders(len(pieces), seed)
 
     def row(self, number: int) -> list[Piece]:
-        """Return what a row holds."""
+        """Return the contents of a row."""
         return [Piece(*self._pieces[self._orders.at(number)].tolist())]
 
 
@@ -166,7 +166,7 @@ class Whole:
         self._orders = _Orders(len(self._ends), key(seed, 1))
 
     def row(self, number: int) -> list[Piece]:
-        """Return what a row holds."""
+        """Return the contents of a row."""
         index = self._orders.at(number)
         start = int(self._ends[index - 1]) if index else 0
         return [Piece(*piece) for piece in self._pieces[start : int(self._ends[index])].tolist()]

@@ -17,7 +17,7 @@ PLANS = 2
 
 
 def packing_of(settings: DataSettings, kinds: set[str]) -> Packing:
-    """Return how rows are filled.
+    """Return the packer for a way of filling rows.
 
     Raises:
         ConfigError: pairs are to share rows, or only plain text can be read in windows.
@@ -95,7 +95,7 @@ class Pool:
         self._plans: dict[int, Rows] = {}
 
     def row(self, number: int, context: int) -> Sequence[Piece]:
-        """Return what a row of so many tokens holds."""
+        """Return the pieces of a row of this many tokens."""
         if context not in self._plans:
             if len(self._plans) >= PLANS:
                 self._plans.pop(next(iter(self._plans)))
@@ -145,7 +145,7 @@ class Pool:
         return found[np.argsort(found[:, 0], kind="stable")]
 
     def _cut(self, long: NDArray[np.int64], context: int) -> list[NDArray[np.int64]]:
-        """Return what is learned of documents that are longer than a row, and tell it."""
+        """Return the documents to learn from, the too long ones cut or left out, and report it."""
         first = self._store.place(int(self._documents[long[0]]))
         finding = f"{len(long)} of {self.documents} documents are longer than {context} tokens"
         if self._settings.too_long == "bad":

@@ -19,7 +19,7 @@ Pieces: TypeAlias = Iterator[str]
 
 
 class Bad(Exception):  # noqa: N818
-    """Why a sample cannot be learned from; `reason` is short and counts those that are alike."""
+    """A sample that cannot be learned from; `reason` is short and groups similar ones."""
 
     def __init__(self, reason: str, details: str = "") -> None:
         self.reason, self.details = reason, details
@@ -40,7 +40,7 @@ class Record:
 
 
 def read(file: SourceFile, undecodable: Undecodable) -> Iterator[Record]:
-    """Yield what is in a file; where one is bad, the next follows.
+    """Yield the records of a file, skipping bad ones.
 
     The pieces of a text have to be read before the next record is asked for, and raise `Bad`.
 
@@ -140,7 +140,7 @@ def _columns(file: SourceFile) -> Iterator[Record]:
 
 
 def _own(value: Any) -> Any:
-    """Return what a row itself holds: a column has the fields of all rows, empty in the others."""
+    """Return a row's own fields: a column has the fields of all rows, empty in the others."""
     if isinstance(value, dict):
         return {name: _own(one) for name, one in value.items() if one is not None}
     return [_own(one) for one in value] if isinstance(value, list) else value

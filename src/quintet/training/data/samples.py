@@ -38,7 +38,7 @@ class Samples(Protocol):
     """Makes samples of the records of one kind."""
 
     def sample(self, record: Mapping[str, Any]) -> Sample:
-        """Return what a record becomes.
+        """Encode a record as a sample.
 
         Raises:
             Bad: nothing can be learned from it.
@@ -47,7 +47,7 @@ class Samples(Protocol):
 
 
 def kind_of(record: Mapping[str, Any], fields: FieldNames) -> Kind:
-    """Return what a record holds, by its fields.
+    """Return the kind of a record, by its fields.
 
     Raises:
         ConfigError: none of the kinds.

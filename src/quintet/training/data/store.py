@@ -84,7 +84,7 @@ class Store:
 
     @property
     def starts(self) -> NDArray[np.int64]:
-        """Where each document begins."""
+        """The offsets at which documents begin."""
         return np.concatenate([np.zeros(1, np.int64), self.ends[:-1]])
 
     def place(self, document: int) -> str:
@@ -283,7 +283,7 @@ class StoreWriter:
 
 @contextmanager
 def _write_errors(folder: Path) -> Iterator[None]:
-    """Say of an error of the system what was being written."""
+    """Turn an OSError into a SaveError that names the folder of encoded texts."""
     try:
         yield
     except OSError as error:

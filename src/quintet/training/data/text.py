@@ -62,7 +62,7 @@ class TextEncoder:
             yield self._behind(context, buffer)
 
     def _cut(self, text: str) -> int:
-        """Return where a text can be cut; 0 if it has to grow first."""
+        """Return the position at which a text can be cut; 0 if it has to grow first."""
         ends = [match.end() for match in _LINE_END.finditer(text, len(text) - PIECE)]
         for cut in ends[::-1][:TRIES]:
             alone, both = self.encode([text[cut - SIDE : cut], text[cut - SIDE : cut + SIDE]])
@@ -79,7 +79,7 @@ class TextEncoder:
 
 
 def _surroundings(tokenizer: PreTrainedTokenizer) -> tuple[list[int], list[int]]:
-    """Return what a tokenizer puts before and behind a text."""
+    """Return the ids that a tokenizer puts before and behind a text."""
     options = {"return_attention_mask": False, "verbose": False}
     bare: list[int] = tokenizer("a", add_special_tokens=False, **options)["input_ids"]  # type: ignore[arg-type]
     whole: list[int] = tokenizer("a", add_special_tokens=True, **options)["input_ids"]  # type: ignore[arg-type]

@@ -48,12 +48,12 @@ class TokenData:
 
     @property
     def tokens(self) -> int:
-        """How many tokens one pass over everything has."""
+        """The number of tokens of one pass over everything."""
         return sum(pool.tokens for pool in self._pools)
 
     @property
     def documents(self) -> int:
-        """How many documents, conversations or pairs there are."""
+        """The number of documents, conversations or pairs."""
         return sum(pool.documents for pool in self._pools)
 
     @property
@@ -90,7 +90,7 @@ class TokenData:
             begin = end
 
     def fingerprint(self) -> str:
-        """Return what is the same exactly where the same steps read the same tokens."""
+        """Return a digest that is equal if and only if equal steps read equal tokens."""
         return self._digest
 
     def _context_at(self, at: Progress) -> int:

@@ -108,7 +108,7 @@ class Turns:
         return [*others, Written(whole, (*spans, (start, start + length)))]
 
     def _answer(self, messages: Sequence[Message], place: int) -> tuple[str, str]:
-        """Return what asks for an answer, and the answer up to what follows it."""
+        """Return the prompt of an answer, and the answer up to the text behind it."""
         message = messages[place]
         prompt = self._write(_plain(messages[:place]), True)
         upto = _plain(messages[: place + 1])

@@ -10,10 +10,10 @@ class Running(Protocol):
     """Runs forwards of a model that may be sharded."""
 
     def __call__(self, call: Callable[[], T], /) -> T:
-        """Return what a call makes of the model."""
+        """Return the result of a call that runs the model."""
         ...
 
 
 def run_local(call: Callable[[], T]) -> T:
-    """Return what a call makes of a model that is all here."""
+    """Return the result of a call on a model that is whole in this process."""
     return call()

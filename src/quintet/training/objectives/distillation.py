@@ -74,7 +74,7 @@ class Distillation:
         return own
 
     def counts(self, batch: Batch) -> Mapping[str, int]:
-        """Return how many labels count."""
+        """Return the number of labels that count."""
         names = ("distillation",) if self.share == 1 else ("distillation", "next_token")
         return dict.fromkeys(names, counted(targets(batch)))
 

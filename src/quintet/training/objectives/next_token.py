@@ -93,7 +93,7 @@ class LanguageModelling:
         return own
 
     def counts(self, batch: Batch) -> Mapping[str, int]:
-        """Return how many labels each term has, and what the balance losses count."""
+        """Return the number of labels of each term, and the counts of the balance losses."""
         labels = counted(targets(batch))
         counts = {"next_token": labels}
         if self.label_smoothing:
@@ -140,7 +140,7 @@ class LanguageModelling:
         return terms
 
     def _depth(self, at: Progress) -> int:
-        """Return how many prediction layers run: none where λ is 0."""
+        """Return the number of prediction layers that run: none if λ is 0."""
         return self.depth if self.prediction is not None and self.prediction.at(at) else 0
 
     def _of_next_token(self, head: ScoredHead, states: States, labels: Tensor) -> dict[str, Term]:

@@ -113,7 +113,7 @@ class Preference:
         return own
 
     def counts(self, batch: Batch) -> Mapping[str, int]:
-        """Return how many pairs there are.
+        """Return the number of pairs.
 
         Raises:
             InputError: one row has no other.

@@ -39,7 +39,7 @@ class States:
     chunks: Chunks | None = None
 
     def own(self, x: Tensor, value: int = 0) -> Tensor:
-        """Return of rows (B, T, ...) what is of these tokens; what fills rows up is `value`."""
+        """Return this process's tokens of rows (B, T, ...), padded with `value`."""
         return x if self.chunks is None else self.chunks.of(x, value)
 
 

@@ -198,7 +198,7 @@ class Optimizers:
 def build_optimizers(
     model: PreTrainedModel, settings: OptimizerSettings, layout: Layout = HERE
 ) -> Optimizers:
-    """Return what moves the weights of a model, as the settings say, wherever they lie.
+    """Build the optimizers of a model from the settings, wherever its weights lie.
 
     With `precision="bfloat16"` the model's weights are rounded to it here, and what they were is
     kept beside them in float32. Build it before the first forward.

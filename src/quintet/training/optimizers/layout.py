@@ -20,11 +20,11 @@ class Layout(Protocol):
 
     @property
     def whole_model(self) -> nn.Module | None:
-        """Where this process has some of the layers, all of the model, without memory."""
+        """Whether this process has only some of the layers."""
         ...
 
     def run(self, call: Callable[[], T]) -> T:
-        """Return what a call makes of the model."""
+        """Return the result of a call that runs the model."""
         ...
 
     def learn(self, parts: Sequence[Callable[[], Tensor | None]], sizes: Sequence[int]) -> None:
@@ -38,7 +38,7 @@ class Layout(Protocol):
         ...
 
     def local(self, tensor: Tensor) -> Tensor:
-        """Return what this process has of a parameter or its gradient: the numbers, no copy."""
+        """Return this process's part of a parameter or its gradient, without a copy."""
         ...
 
     @property
@@ -63,7 +63,7 @@ class Layout(Protocol):
         ...
 
     def part(self, name: str, tensor: Tensor) -> Tensor:
-        """Return what this process has of a whole tensor."""
+        """Return this process's part of a whole tensor."""
         ...
 
     def counts(self, name: str) -> bool:
@@ -86,7 +86,7 @@ class Here:
     whole_model = None
 
     def run(self, call: Callable[[], T]) -> T:
-        """Return what a call makes of the model."""
+        """Return the result of a call that runs the model."""
         return call()
 
     def learn(self, parts: Sequence[Callable[[], Tensor | None]], sizes: Sequence[int]) -> None:

@@ -78,7 +78,7 @@ class Masters:
             self._hooks.append(hook)
 
     def __getitem__(self, name: str) -> Tensor:
-        """Return what is stepped in the place of the parameter of that name."""
+        """Return the tensor that is stepped in place of the parameter of that name."""
         return self._weights[name]
 
     def assign_gradients(self) -> None:

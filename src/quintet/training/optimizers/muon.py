@@ -122,7 +122,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def _moving(alike: list[tuple[Tensor, dict[str, Any]]]) -> list[Tensor | None]:
-    """Return which rows of each parameter are of a matrix with a gradient; None for all."""
+    """Return a mask of each parameter's rows of matrices with a gradient; None for all."""
     masks = []
     for p, group in alike:
         assert p.grad is not None

@@ -94,7 +94,7 @@ class Course:
 
 
 def _in_unit_of(end: Span, begin: Span, progress: Progress) -> float:
-    """Return where a stretch began, measured as its end is."""
+    """Return the start of a stretch, in the unit of its end."""
     if begin.unit == end.unit or not begin.length:
         return begin.length
     # The training is there or beyond, and so above 0.
