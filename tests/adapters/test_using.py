@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 import quintet
 from conformance.families import FAMILIES, Family, each
 from pefts import ATTENTION, IDS, QUIET, logits, lora, peft, twins
+from quintet.adapters.lowrank import Remembered
 from quintet.layers.snapshot import Snapshot
 from support import relative_error as relative
 
@@ -237,3 +239,45 @@ def test_a_copy_has_adapters_of_its_own(family: Family, copying: Callable[[Any],
     other.set_adapter("b")
     assert relative(logits(other), made) > 1e-3
     assert torch.equal(logits(model), made)
+
+
+@each
+@pytest.mark.parametrize("rows", [1, 30])
+def test_maps_run_once_whatever_adapters_rows_have(family: Family, rows: int) -> None:
+    """Beside each other for few tokens, one by one for many."""
+    model = family.model_of(tie_word_embeddings=False)
+    path = f"{'mamba.in' if family.name == 'zamba2' else 'self_attn.o'}_proj"
+    map_ = next(module for name, module in model.named_modules() if name.endswith(path))
+    calls = []
+
+    def counted(x: Tensor) -> Tensor:
+        calls.append(x.shape)
+        return type(map_).forward(map_, x)
+
+    object.__setattr__(map_, "forward", counted)
+    for seed, name in enumerate("abc"):
+        torch.manual_seed(seed)
+        dora = {"use_dora": True, "target_parameters": None} if rows > 1 and name == "c" else {}
+        model.add_adapter(config(family, rank_pattern={path: 2 + seed}, **dora), name)
+    model.eval()
+    names = ["c", None, "a", "b", "c", "a"]
+    ids = torch.arange(5, 35).view(6, 5).repeat(rows, 1)
+    with torch.no_grad():
+        made = model(input_ids=ids, adapter_names=names * rows).logits
+        assert len(calls) == 1
+        for name in (None, "a", "b", "c"):
+            model.set_adapter([] if name is None else name)
+            own = [row for row, one in enumerate(names) if one == name]
+            assert relative(made[own], model(input_ids=ids[own]).logits) < 1e-5
+
+
+def test_what_is_remembered_is_of_tensors_and_not_of_where_they_lie() -> None:
+    remembered: Remembered[float] = Remembered()
+    numbers = np.zeros(1)
+    for value in (1.0, 2.0):
+        # The second lies where the first lay, and neither was ever changed.
+        numbers[:] = value
+        tensor = torch.from_numpy(numbers)
+        assert remembered.get([tensor], tensor.item) == value
+        assert remembered.get([tensor], lambda: -1.0) == value
+        del tensor

@@ -16,6 +16,7 @@ from quintet.adapters.bases import (
     shape_of,
     with_tensors,
 )
+from quintet.adapters.beside import FEW, Beside, Share
 from quintet.adapters.lowrank import (
     Addition,
     EmbeddingLowRank,
@@ -51,9 +52,8 @@ class InUse(NamedTuple):
 def uses_of(module: nn.Module, name: str) -> Mapping[str, Adaptation]:
     """Return an adapter's changes to a module, by use."""
     collection = module._modules.get("adapters")
-    if not isinstance(collection, nn.ModuleDict) or name not in collection:
-        return {}
-    return cast("Mapping[str, Adaptation]", dict(cast("nn.ModuleDict", collection[name]).items()))
+    own = collection._modules.get(name) if isinstance(collection, nn.ModuleDict) else None
+    return {} if own is None else cast("Mapping[str, Adaptation]", own._modules)
 
 
 def adapted_modules(model: nn.Module) -> list[nn.Module]:
@@ -73,7 +73,7 @@ class Forward(AdaptedForward):
         self.module, self.places = module, places
         self.original: Callable[..., Any] | None = vars(module).get("forward")
         self.active: tuple[Active, ...] = ()
-        self._remembered = Remembered()
+        self._remembered: Remembered[Tensor] = Remembered()
 
     def __call__(self, *args: Any, **named: Any) -> Any:
         """Run the module with the active adapters, or each row with its own."""
@@ -95,14 +95,17 @@ class Forward(AdaptedForward):
             ours = which == number
             if not bool(ours.any()):
                 continue
-            active = self.active if name == IN_USE else () if name is None else (Active(name),)
-            used = self.in_use(active, place)
+            used = self.in_use(self.active_in_rows(name), place)
             own: Tensor = self.run(used, x[ours], *(other[ours] for other in others))
             if y is None:
                 y = own.new_zeros(*shape, *own.shape[1:])
             y = y.index_put((ours,), own)
         assert y is not None
         return y
+
+    def active_in_rows(self, name: str | None) -> tuple[Active, ...]:
+        """Return what rows use that say they have this adapter."""
+        return self.active if name == IN_USE else () if name is None else (Active(name),)
 
     def in_use(self, active: Sequence[Active], place: Place | None = None) -> tuple[InUse, ...]:
         """Return the changes that apply at the forward's place."""
@@ -152,9 +155,49 @@ class Forward(AdaptedForward):
 
 
 class _LinearForward(Forward):
+    def __init__(self, module: nn.Module, places: Places) -> None:
+        super().__init__(module, places)
+        self._beside: Remembered[Beside] = Remembered()
+
     def run(self, used: Sequence[InUse], x: Tensor) -> Tensor:
         base = self.based(used)
-        y: Tensor = self.call(base, x)
+        return self._added(used, base, x, self.call(base, x))
+
+    def by_rows(self, place: Place, x: Tensor, *others: Tensor) -> Tensor:
+        """Run the module once, and add what each row's adapter adds to it."""
+        used = [self.in_use(self.active_in_rows(name), place) for name in place.names]
+        if any(len(one.adaptation.instead) for found in used for one in found):
+            return super().by_rows(place, x)
+        y: Tensor = self.call(self.module, x)
+        which = place.per_vector(x.shape[:-1], x.device)
+        if which.numel() <= FEW and (beside := self._all_beside(used)) is not None:
+            return beside.added(x, y, which)
+        for number, found in enumerate(used):
+            ours = which == number
+            if found and bool(ours.any()):
+                y = y.index_put((ours,), self._added(found, self.module, x[ours], y[ours]))
+        return y
+
+    def _all_beside(self, used: Sequence[Sequence[InUse]]) -> Beside | None:
+        """Return the additions of all adapters, or None if one has more, or may learn."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        shares = []
+        for number, one in ((n, one) for n, found in enumerate(used) for one in found):
+            addition = one.adaptation.addition("weight")
+            if not isinstance(addition, LowRank) or one.adaptation.rows is not None:
+                return None
+            if not addition.is_product or addition.training:
+                return None
+            shares.append(Share(number, addition, one.weight))
+        if not shares:
+            return None
+        tensors = [t for one in shares for t in (one.addition.lora_A, one.addition.lora_B)]
+        numbers = [n for one in shares for n in (one.number, one.addition.scale * one.weight)]
+        return self._beside.get(tensors, lambda: Beside.of(shares), numbers)
+
+    def _added(self, used: Sequence[InUse], base: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """Add what adapters add to y = x·Wᵀ + b of a module."""
         output = y
         for one in used:
             addition = one.adaptation.addition("weight")

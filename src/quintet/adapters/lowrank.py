@@ -6,35 +6,45 @@ the model is: what is added is small beside what it is added to, and is rounded 
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from typing import Generic, TypeVar
+from weakref import ReferenceType, ref
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+Value = TypeVar("Value")
 
-class Remembered:
-    """A tensor computed from others, recomputed when one of them changes."""
+
+class Remembered(Generic[Value]):
+    """What is computed from tensors, again when one of them changes."""
 
     def __init__(self) -> None:
         self._key: object = None
-        self._value: Tensor | None = None
+        # Another tensor may come to lie where one of these has been.
+        self._tensors: list[ReferenceType[Tensor]] = []
+        self._value: Value | None = None
 
     def get(
         self,
         tensors: Iterable[Tensor],
-        make: Callable[[], Tensor],
+        make: Callable[[], Value],
         numbers: Sequence[float] = (),
-    ) -> Tensor:
+    ) -> Value:
         """Return `make(...)` for these tensors and numbers, cached."""
+        tensors = list(tensors)
         key = (*map(_version, tensors), *numbers)
-        if self._value is None or key != self._key:
-            self._value, self._key = make(), key
+        same = key == self._key and all(
+            last() is tensor for last, tensor in zip(self._tensors, tensors, strict=True)
+        )
+        if self._value is None or not same:
+            self._value, self._key, self._tensors = make(), key, list(map(ref, tensors))
         return self._value
 
-    def __deepcopy__(self, memo: object) -> "Remembered":
+    def __deepcopy__(self, memo: object) -> "Remembered[Value]":
         return Remembered()
 
-    def __reduce__(self) -> tuple[type["Remembered"], tuple[()]]:
+    def __reduce__(self) -> tuple[type["Remembered[Value]"], tuple[()]]:
         return Remembered, ()
 
 
@@ -92,12 +102,17 @@ class LowRank(Addition):
         self.dropout = dropout
         # Adds up what other processes find of their columns; None where all are here.
         self.sums: Callable[[Tensor], Tensor] | None = None
-        self._norm = Remembered()
+        self._norm: Remembered[Tensor] = Remembered()
 
     @property
     def rank(self) -> int:
         """The rank r."""
         return self.lora_A.shape[0]
+
+    @property
+    def is_product(self) -> bool:
+        """Whether it is s · B A, without a bias or a magnitude."""
+        return self.bias is None and self.magnitude is None
 
     def delta(self, x: Tensor) -> Tensor:
         """Return s · B(A x), (..., O), ignoring a magnitude."""
@@ -191,7 +206,7 @@ class EmbeddingLowRank(Addition):
         self.lora_B = nn.Parameter(B)
         self.magnitude = None if magnitude is None else nn.Parameter(magnitude)
         self.scale = scale
-        self._norm = Remembered()
+        self._norm: Remembered[Tensor] = Remembered()
 
     def added(self, ids: Tensor, y: Tensor, weight: Callable[[], Tensor]) -> Tensor:
         """Return the vectors y (..., C) of ids (...) with the addition."""
