@@ -1,6 +1,7 @@
 """Adapters' files: read in every form they come in, and refused by name if they are not right."""
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -199,6 +200,24 @@ def test_what_does_not_fit_is_refused_before_anything_changes(
     assert model.adapters is None
 
 
+@pytest.mark.parametrize("tensors", [pair(I=63), pair(at=f"{P}model.layers.7.self_attn.q_proj.")])
+@pytest.mark.parametrize("base", ["Owner/Other-7B", None])
+def test_another_models_adapter_is_told_with_both_names(
+    tensors: Tensors, base: str | None, tmp_path: Path
+) -> None:
+    QWEN.model_of().save_pretrained(tmp_path / "base")
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    told = f"was trained on '{base}'" if base else "does not say what it was trained on"
+    with pytest.raises(CheckpointError, match=rf"(?s){told}.*base, a qwen2 with 3 layers of 64"):
+        model.load_adapter(written(tmp_path / "a", tensors, base_model_name_or_path=base))
+
+
+def test_a_name_alone_makes_no_other_model(model: Any, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.load_adapter(written(tmp_path, pair(), base_model_name_or_path="x/y", bias="none"))
+
+
 def test_what_is_no_adapter_is_named(model: Any, tmp_path: Path) -> None:
     with pytest.raises(quintet.errors.ModelNotFoundError):
         model.load_adapter(tmp_path / "nothing")
@@ -225,6 +244,8 @@ def test_a_target_without_tensors_is_told(model: Any, tmp_path: Path) -> None:
         ({"modules_to_save": ["norm"]}, {f"{P}model.norm.weight": torch.ones(64)}, "layernorm"),
         ({"trainable_token_indices": [3]}, {}, "embed_tokens"),
         ({"target_parameters": ["0.mlp.up_proj.weight"]}, {}, "up_proj"),
+        ({"bias": "lora_only"}, {}, r"1 modules or biases.*layers\.0\.self_attn\.q_proj\.bias"),
+        ({"bias": "all"}, {f"{Q}bias": torch.ones(64)}, r"8 modules or biases.*k_proj\.bias"),
     ],
 )
 def test_so_is_what_else_a_config_names(

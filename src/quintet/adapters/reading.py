@@ -5,7 +5,7 @@ an adapter of which a part is lost is another one.
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -28,6 +28,10 @@ Put = Callable[[Adaptation, Mapping[str, Tensor]], None]
 MAGNITUDE, BIAS = "lora_magnitude_vector", "lora_B.bias"
 # Keys that ask for tensors; without them, the adapter would be another one.
 ASKED = {MAGNITUDE: "use_dora", BIAS: "lora_bias"}
+
+
+class MisfitError(CheckpointError):
+    """An adapter's tensors are of another model."""
 
 
 class IncompleteAdapterWarning(UserWarning):
@@ -71,6 +75,14 @@ def read_adapter(layout: Layout, config: LoraConfig, weights: Weights, where: st
     if not adaptations:
         raise CheckpointError(f"{where} holds no tensor; it is no adapter")
     return adaptations
+
+
+def names_of(layout: Layout, adaptations: Adaptations) -> Iterator[str]:
+    """Yield the paths of modules that an adapter changes, and of tensors that it replaces."""
+    for spot in layout:
+        if (found := adaptations.get((spot.module, spot.use))) is not None:
+            yield layout.named(spot.path)
+            yield from (f"{layout.named(spot.path)}.{leaf}" for leaf in found.instead)
 
 
 def tie(layout: Layout, adaptations: Adaptations) -> None:
@@ -119,7 +131,7 @@ def _grouped(
         else:
             lost.append(name)
     if lost:
-        raise CheckpointError(
+        raise MisfitError(
             f"{where} holds {len(lost)} tensors that this model, or the adapter's configuration, "
             f"has no place for:\n{listed([shown(name) for name in lost])}\n"
             "An adapter fits the model that it was trained on alone"
@@ -151,7 +163,7 @@ def _replace(spot: Spot, leaf: str, info: TensorInfo, where: str) -> Put:
         hint = ""
         if expected and len(expected) == 2 and info.shape[1:] == expected[1:]:
             hint = f"; call model.resize_token_embeddings({info.shape[0]}) first"
-        raise CheckpointError(
+        raise MisfitError(
             f"{where}: {shown(info.name)} has the shape {list(info.shape)} and the model's "
             f"{list(expected or ())}{hint}"
         )
@@ -223,7 +235,7 @@ class _Builder:
         stack = next((name for name, parts in EXPERT_STACKS.items() if part in parts), None)
         shape = None if stack is None else shape_of(self.group.spot.module, stack)
         if stack is None or shape is None or expert >= shape[0]:
-            raise self._error("there is no such matrix of an expert")
+            raise MisfitError(self._why("there is no such matrix of an expert"))
         scale = self._low_rank(shape[1] // len(EXPERT_STACKS[stack]), shape[2])
 
         def put(adaptation: Adaptation, tensors: Mapping[str, Tensor]) -> None:
@@ -278,7 +290,7 @@ class _Builder:
                         f"their {A[0]} and {B[1]} numbers are no rank for {E} experts"
                     )
                 return partial(self._put_stack, name=name, E=E, rank=A[0] // E)
-        raise self._error(f"the stacks of experts have the shapes {shapes}")
+        raise MisfitError(self._why(f"the stacks of experts have the shapes {shapes}"))
 
     def _parameter(self) -> Put:
         """Build the addition to a parameter that is no linear map, such as a router's."""
@@ -340,7 +352,7 @@ class _Builder:
                 wanted = expected[leaf]
                 fits = info.shape == wanted and 0 not in wanted
             if not fits:
-                raise CheckpointError(
+                raise MisfitError(
                     f"{self.where}: {shown(info.name)} has the shape {list(info.shape)}; for this "
                     f"model it has to be {list(wanted)}, with a rank of at least 1"
                 )
@@ -363,18 +375,19 @@ class _Builder:
         return self._error(f"{', '.join(leaves)} is missing{why}")
 
     def _error(self, why: str) -> CheckpointError:
+        return CheckpointError(self._why(why))
+
+    def _why(self, why: str) -> str:
         have = [f"{info.name} {list(info.shape)}" for info in self.group.infos.values()]
-        return CheckpointError(
-            f"{self.where}: {why}; of {shown(self.group.path)} it has\n{listed(have)}"
-        )
+        return f"{self.where}: {why}; of {shown(self.group.path)} it has\n{listed(have)}"
 
 
-def warn_of_missing(targeted: Iterable[str], loaded: Iterable[str], where: str) -> None:
-    """Warn of targeted modules without tensors in the files."""
-    if lacking := sorted(set(targeted) - set(loaded)):
+def warn_of_missing(expected: Iterable[str], loaded: Iterable[str], where: str) -> None:
+    """Warn of modules and biases that a config names and the files have nothing for."""
+    if lacking := sorted(set(expected) - set(loaded)):
         warnings.warn(
-            f"{where} has no tensors for {len(lacking)} modules that its configuration targets, "
-            f"which stay as they are:\n{listed(lacking)}",
+            f"{where} has no tensors for {len(lacking)} modules or biases that its configuration "
+            f"targets, which stay as they are:\n{listed(lacking)}",
             IncompleteAdapterWarning,
             stacklevel=4,
         )

@@ -34,9 +34,10 @@ def targeted(layout: Layout, config: LoraConfig) -> list[Spot]:
     return found
 
 
-def expected(layout: Layout, config: LoraConfig) -> list[Spot]:
-    """Return the modules that a config says its files have something for."""
-    found = targeted(layout, config)
+def expected(layout: Layout, config: LoraConfig) -> Iterator[str]:
+    """Yield the modules, and biases, that a config says its files have something for."""
+    lora = targeted(layout, config)
+    yield from (layout.named(spot.path) for spot in lora)
     given = config.trainable_token_indices
     rows = [*given] if isinstance(given, dict) else ["embed_tokens"] if given else []
     for spot in layout:
@@ -50,8 +51,9 @@ def expected(layout: Layout, config: LoraConfig) -> list[Spot]:
             or _is_named(rows, spot.path)
             or any(_is_named(config.target_parameters, name) for name in changed)
         ):
-            found.append(spot)
-    return found
+            yield path
+        if spot.module._parameters.get("bias") is not None and _has_bias(config, lora=spot in lora):
+            yield f"{path}.bias"
 
 
 def new_adapter(layout: Layout, config: LoraConfig) -> Adaptations:
@@ -104,6 +106,11 @@ def _is_named(names: list[str] | str | None, path: str) -> bool:
     return any(path == name or path.endswith(f".{name}") for name in names or ())
 
 
+def _has_bias(config: LoraConfig, *, lora: bool) -> bool:
+    """Return whether the bias of a module, with or without an addition, is the adapter's own."""
+    return config.bias == "all" or (config.bias == "lora_only" and lora)
+
+
 def _is_replaced(spot: Spot) -> bool:
     """Return whether a module that is saved whole has tensors of its own."""
     has_parameters = any(parameter is not None for parameter in spot.module._parameters.values())
@@ -150,9 +157,7 @@ def _own(
         path = layout.named(spot.path)
         lora = bool((found := adaptations.get((spot.module, spot.use))) and found.added)
         for name, parameter in spot.module._parameters.items():
-            biases = name == "bias" and (
-                config.bias == "all" or (config.bias == "lora_only" and lora)
-            )
+            biases = name == "bias" and _has_bias(config, lora=lora)
             if parameter is not None and (config.saves(path) or biases):
                 yield spot, name, parameter
         if config.saves(path) and _is_replaced(spot) and not spot.module._parameters:

@@ -13,12 +13,18 @@ from quintet.adapters.files import open_adapter
 from quintet.adapters.forwards import Active
 from quintet.adapters.layout import Layout, layout_of
 from quintet.adapters.merging import Merge, merge
-from quintet.adapters.reading import Adaptations, read_adapter, warn_of_missing
+from quintet.adapters.reading import (
+    Adaptations,
+    MisfitError,
+    names_of,
+    read_adapter,
+    warn_of_missing,
+)
 from quintet.adapters.targets import expected, new_adapter, targeted
 from quintet.adapters.writing import adapter_state, save_adapter
 from quintet.checkpoint import InMemory, Weights
 from quintet.configuration.numbers import is_finite
-from quintet.errors import InputError, shown
+from quintet.errors import CheckpointError, InputError, shown
 from quintet.folder import checked_path
 from quintet.modeling.adapted_rows import AdaptedRows
 from quintet.quantization import Quantized
@@ -111,11 +117,13 @@ class Adapting(AdaptedRows):
         # Weights that are made in inference mode could not be trained, ever.
         with torch.inference_mode(False):
             layout = self._layout()
-            adaptations = read_adapter(layout, config, weights, where)
-        known = [layout.named(s.path) for s in layout if (s.module, s.use) in adaptations]
+            try:
+                adaptations = read_adapter(layout, config, weights, where)
+            except MisfitError as error:
+                raise CheckpointError(f"{error}\n{self._whose(config)}") from error
         if swaps:
             adapters.remove(self, [adapter_name])
-        warn_of_missing((layout.named(s.path) for s in expected(layout, config)), known, where)
+        warn_of_missing(expected(layout, config), names_of(layout, adaptations), where)
         self._put(adapters, adapter_name, config, adaptations, trains=is_trainable)
 
     def set_adapter(
@@ -346,6 +354,14 @@ class Adapting(AdaptedRows):
                 "process, merge_and_unload() it, save_pretrained() that, and load the result in "
                 "several"
             )
+
+    def _whose(self, config: LoraConfig) -> str:
+        """Say which model an adapter is of, and which this is."""
+        sizes = f"{self.config.num_hidden_layers} layers of {self.config.hidden_size}"
+        here = f"{self.name_or_path or 'not from a file'}, a {self.config.model_type} with {sizes}"
+        base = config.base_model_name_or_path
+        there = f"was trained on {shown(base)}" if base else "does not say what it was trained on"
+        return f"The adapter {there}; this model is {here}"
 
     def _layout(self) -> Layout:
         headless = self.base_model is self
