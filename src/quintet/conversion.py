@@ -155,7 +155,7 @@ def open_source(
     stored = vars(config).get("quantization_config")
     given = stored if quantize is None and quantization_config is None else quantization_config
     request = resolve_quantization(stored, quantize, given, torch.device("cpu"))
-    mapping = map_keys(model, checkpoint.tensors, held_as=request.source)
+    mapping = map_keys(model, checkpoint.tensors, stored_as=request.source)
     mapping.difference.raise_if_incomplete(str(root))
     kept_dtype = config.torch_dtype or torch.bfloat16 if dtype == "auto" else named_dtype(dtype)
     scheme = request.scheme(mapping.formats)

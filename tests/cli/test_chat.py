@@ -10,7 +10,7 @@ import pytest
 
 from quintet import AutoModelForCausalLM, AutoTokenizer, sources
 from quintet.cli import offers, options
-from quintet.cli.here import Here
+from quintet.cli.local_models import LocalModel
 from quintet.sources import Found
 
 
@@ -187,7 +187,7 @@ def test_a_question_without_a_model(quintet: Any) -> None:
 def test_without_a_model_it_says_what_there_is(
     quintet: Any, chat_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    here = Here(str(chat_model), "main", "qwen2", None, 2_000_000_000, 0.0, talks=True)
+    here = LocalModel(str(chat_model), "main", "qwen2", None, 2_000_000_000, 0.0, talks=True)
     mute = replace(here, model="o/base", talks=False)
     monkeypatch.setattr(offers, "in_cache", lambda _: iter([mute, here]))
     monkeypatch.setattr(offers, "in_other_programs", lambda: iter([]))
@@ -218,13 +218,13 @@ def test_a_name_that_is_near_to_one_here(
 def test_somebody_is_asked_which_model(
     quintet: Any, monkeypatch: pytest.MonkeyPatch, typed: str, chosen: str
 ) -> None:
-    here = Here("no/such", "main", "qwen2", None, 2_000_000_000, 0.0, talks=True)
+    here = LocalModel("no/such", "main", "qwen2", None, 2_000_000_000, 0.0, talks=True)
     small = replace(here, model="smollm2")
     monkeypatch.setattr(offers, "in_cache", lambda _: iter([here]))
     monkeypatch.setattr(offers, "in_other_programs", lambda: iter([small]))
     monkeypatch.setattr("quintet.cli.offers.click.prompt", lambda *_, **__: int(typed.strip() or 1))
     monkeypatch.setattr("quintet.cli.local.open_model", lambda name, **_: opened.append(name))
-    monkeypatch.setattr("quintet.cli.chat.kept_system", lambda *_: None)
+    monkeypatch.setattr("quintet.cli.chat.stored_system_message", lambda *_: None)
     opened: list[str] = []
     with pytest.raises(AttributeError):
         quintet("chat", stdin=None)
@@ -401,6 +401,6 @@ def test_the_system_message_that_ollama_keeps_begins_the_talk(
     found = Found(Path("m.gguf"), system="Sprich deutsch.")
     monkeypatch.setattr(sources, "find_gguf", lambda *_, **__: found)
     where = {"revision": None, "cache_dir": None, "local_files_only": True}
-    assert options.kept_system("ollama:m", True, where) == "Sprich deutsch."
+    assert options.stored_system_message("ollama:m", True, where) == "Sprich deutsch."
     monkeypatch.setattr(sources, "find_gguf", lambda *_, **__: None)
-    assert options.kept_system("owner/name", True, where) is None
+    assert options.stored_system_message("owner/name", True, where) is None

@@ -112,7 +112,7 @@ def test_what_a_model_writes_gives_a_terminal_no_orders(
     monkeypatch.setenv("TERM", "dumb")
     answer = Answer("show")
     orders = "\x1b[2J\x1b]52;c;ZXZpbA==\x07\x9b31m\r\b"
-    answer.hear([Reasoning(f"a{orders}"), Content(f"b\t{orders}c\n")])
+    answer.feed([Reasoning(f"a{orders}"), Content(f"b\t{orders}c\n")])
     answer.end()
     # What is piped on is as it was written, and so is what is kept.
     plain = "[2J]52;c;ZXZpbA==31m" if screen else orders

@@ -92,7 +92,7 @@ class Cache:
         taken = None if counts is None else brought(counts, device)
         return Segment(self._lengths, length, self._longest + length, taken, device)
 
-    def made_with(self, adapters: tuple[Hashable, ...]) -> None:
+    def record_adapters(self, adapters: tuple[Hashable, ...]) -> None:
         """Record the adapters that tokens are computed with, one per row or one for all.
 
         Raises:

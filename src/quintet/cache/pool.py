@@ -119,7 +119,7 @@ class PooledCache(PoolRows):
         """Return a layer's rows, each a page; None of codes, and before the first forward."""
         return slot.pair() if isinstance(slot := self.layers[layer_idx], DenseRows) else None
 
-    def made_with(self, adapters: tuple[Hashable, ...]) -> None:
+    def record_adapters(self, adapters: tuple[Hashable, ...]) -> None:
         """Record the adapters that tokens are computed with, one per row or one for all.
 
         Raises:

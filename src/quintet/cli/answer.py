@@ -59,7 +59,7 @@ class Answer:
             self.reading = time.perf_counter() - self._started
         self.tokens += tokens
 
-    def hear(self, events: Iterable[Event]) -> None:
+    def feed(self, events: Iterable[Event]) -> None:
         """Write a piece of the answer, or say that the model thinks."""
         for event in events:
             match event:

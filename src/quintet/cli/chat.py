@@ -16,10 +16,10 @@ from quintet.cli.local import Local
 from quintet.cli.offers import choose_model
 from quintet.cli.options import (
     check_options,
-    kept_system,
     model_options,
     read_stdin,
     sampling_options,
+    stored_system_message,
     warnings_as_notes,
 )
 from quintet.cli.partner import Outcome, Partner
@@ -107,7 +107,11 @@ def command(
         conversation = Conversation() if begun is None else Conversation.load(Path(begun))
         if system is not None:
             conversation.begin_with(system)
-        elif not served and begun is None and (kept_message := kept_system(model, quiet, where)):
+        elif (
+            not served
+            and begun is None
+            and (kept_message := stored_system_message(model, quiet, where))
+        ):
             conversation.begin_with(kept_message)
         if served:
             from quintet.cli.remote import Remote
@@ -188,7 +192,7 @@ class _Talk:
                 if console.at_terminal and text in ("exit", "quit"):
                     return
                 try:
-                    self._hear(text)
+                    self._handle(text)
                 except EOFError:
                     return
                 except QuintetError as error:
@@ -196,7 +200,7 @@ class _Talk:
                         raise
                     complain(f"error: {error}")
 
-    def _hear(self, text: str) -> None:
+    def _handle(self, text: str) -> None:
         if text.startswith("//"):
             # A message that begins with a slash.
             self.answer(text[1:])

@@ -119,7 +119,7 @@ def _number_formats(
     from quintet.auto import family
     from quintet.checkpoint import open_weights
     from quintet.hub import locate_weights
-    from quintet.modeling.holding import how_held, in_words
+    from quintet.modeling.holding import in_words, number_formats
     from quintet.modeling.init_on_meta import init_on_meta
     from quintet.modeling.key_mapping import map_keys
     from quintet.quantization import resolve_quantization
@@ -131,7 +131,7 @@ def _number_formats(
     model = init_on_meta(family(config.model_type).find("ForCausalLM"), config)
     settings = vars(config).get("quantization_config")
     request = resolve_quantization(settings, None, None, torch.device("cpu"))
-    mapping = map_keys(model, weights.tensors, held_as=request.source)
+    mapping = map_keys(model, weights.tensors, stored_as=request.source)
     mapping.difference.raise_if_incomplete(str(root))
     scheme = request.scheme(mapping.formats)
     dtype = config.torch_dtype or torch.bfloat16
@@ -140,7 +140,7 @@ def _number_formats(
     def dtype_of(name: str) -> torch.dtype:
         return torch.float32 if name.endswith(model.keep_in_fp32) else dtype
 
-    counts = how_held(mapping, weights.tensors, slots, dtype_of)
+    counts = number_formats(mapping, weights.tensors, slots, dtype_of)
     listed = [
         {"stored": kind, "held": number_format, "tensors": count}
         for (kind, number_format), count in counts.most_common()

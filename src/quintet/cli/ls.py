@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 
 import click
 
-from quintet.cli.here import in_cache, in_folder, in_other_programs
+from quintet.cli.local_models import in_cache, in_folder, in_other_programs
 from quintet.cli.output import size_of, table
 
 

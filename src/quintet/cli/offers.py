@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import click
 
-from quintet.cli.here import Here, in_cache, in_other_programs
+from quintet.cli.local_models import LocalModel, in_cache, in_other_programs
 from quintet.cli.output import size_of
 from quintet.errors import InputError
 
@@ -50,7 +50,7 @@ def meant(name: str) -> str | None:
     return full[near[0]] if near else None
 
 
-def _lines(found: Sequence[Here]) -> list[str]:
+def _lines(found: Sequence[LocalModel]) -> list[str]:
     longest = max((len(model.model) for model in found), default=0)
     return [
         f"  {number}  {model.model:{longest}}  {size_of(model.size)}"

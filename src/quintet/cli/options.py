@@ -198,7 +198,7 @@ def divided(model: "PreTrainedModel") -> str:
     return f" in each of {degrees.size} processes ({', '.join(parts)})"
 
 
-def held_as(model: "PreTrainedModel") -> "WeightFormat | None":
+def quantized_format(model: "PreTrainedModel") -> "WeightFormat | None":
     """Return the format of most weights of the layers; None for numbers."""
     from quintet.quantization import Quantized
 
@@ -232,7 +232,7 @@ def has_kernels(weight_format: "WeightFormat") -> bool:
 
 def kind_of(model: "PreTrainedModel") -> str:
     """Say in which format and dtype a model is held."""
-    dtype, weight_format = str(model.dtype).removeprefix("torch."), held_as(model)
+    dtype, weight_format = str(model.dtype).removeprefix("torch."), quantized_format(model)
     return dtype if weight_format is None else f"{weight_format.name} and {dtype}"
 
 
@@ -294,7 +294,7 @@ def open_model(
         torch.set_num_threads(threads)
     seconds = time.perf_counter() - started
     if model.device.type == "cpu":
-        weight_format = held_as(model)
+        weight_format = quantized_format(model)
         if weight_format is not None and not has_kernels(weight_format):
             warnings.warn(
                 f"{weight_format.name} is turned into numbers at every step on a CPU, many times "
@@ -318,7 +318,7 @@ def check_options(options: Mapping[str, Any], words: Iterable[str]) -> None:
     applied(GenerationConfig(), given)
 
 
-def kept_system(name: str, quiet: bool, where: Mapping[str, Any]) -> str | None:
+def stored_system_message(name: str, quiet: bool, where: Mapping[str, Any]) -> str | None:
     """Return the message that a program which keeps the model begins conversations with."""
     from quintet.sources import find_gguf
 

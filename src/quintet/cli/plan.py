@@ -76,7 +76,7 @@ def command(
     options = WorldOptions.taken(given)
     where = given
     options.check()
-    if options.asked and memory:
+    if options.is_requested and memory:
         raise InputError(f"--memory is of one process's devices; of a world give {MEMORY}")
     config = AutoConfig.from_pretrained(_folder(model), **where)
     most = config.max_position_embeddings
@@ -91,7 +91,7 @@ def command(
         facts, reason = plan_training_in_world(
             config, options, dtype=dtype, quantize=quantize, context=tokens, batch=batch
         )
-    elif options.asked:
+    elif options.is_requested:
         facts, reason = plan_in_world(
             config,
             options,
@@ -246,7 +246,7 @@ def _size(
         return measure(model, dtype)
     settings = vars(config).get("quantization_config")
     if stored == HELD and tensors is not None and device is not None:
-        mapping = map_keys(model, tensors, held_as=read(settings))
+        mapping = map_keys(model, tensors, stored_as=read(settings))
         request = resolve_quantization(settings, None, None, device)
         return measure(model, dtype, request.scheme(mapping.formats))
     wish = read(settings) if stored == HELD else SHORT[stored]

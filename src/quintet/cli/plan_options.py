@@ -116,7 +116,7 @@ class WorldOptions:
         )
 
     @property
-    def asked(self) -> bool:
+    def is_requested(self) -> bool:
         """Whether a world is meant."""
         return self.world is not None or self.device is not None
 
@@ -143,7 +143,7 @@ class WorldOptions:
             "--gradients": self.gradients,
             "--optimizer": self.optimizer,
         }
-        if not self.asked:
+        if not self.is_requested:
             _refuse(
                 {**split, **generating, **training, "--train": self.train},
                 "is about many devices: give --world and --device, as in --world 2x8 --device h100",

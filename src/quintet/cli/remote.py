@@ -193,7 +193,7 @@ class Remote:
                         answer.tokens = _number(usage.get("completion_tokens")) or answer.tokens
                     if events := _events(_mapping(choice.get("delta"))):
                         answer.count()
-                        answer.hear(events)
+                        answer.feed(events)
                     ended = _reason_of(choice) or ended
             finally:
                 answer.end()

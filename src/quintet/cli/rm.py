@@ -5,7 +5,7 @@ import sys
 
 import click
 
-from quintet.cli.here import scanned
+from quintet.cli.local_models import scanned
 from quintet.cli.output import size_of
 from quintet.errors import InputError, ModelNotFoundError
 

@@ -215,10 +215,10 @@ def _follow(wanted: Wanted, given: dict[str, Any], quiet: bool) -> None:
     try:
         follow(model)
     except RuntimeError:
-        if end.by is None:
+        if end.last_signal is None:
             raise
-        sys.exit(128 + end.by)
-    if end.by == signal.SIGINT:
+        sys.exit(128 + end.last_signal)
+    if end.last_signal == signal.SIGINT:
         sys.exit(130)
 
 

@@ -68,6 +68,6 @@ class AnswerStreamer(TextStreamer):
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Tell a piece of the answer."""
         events = self._parser.feed(text, self._token)
-        self._answer.hear(events + self._parser.flush() if stream_end else events)
+        self._answer.feed(events + self._parser.flush() if stream_end else events)
         if stream_end:
             self._answer.end()

@@ -58,9 +58,9 @@ def from_first(read: Callable[[], str]) -> str:
         return read()
     if watch.rank == 0:
         text = read()
-        _tell(watch, text)
+        _send(watch, text)
         return text
-    return str(_hear(watch))
+    return str(_receive(watch))
 
 
 def least(number: int) -> int:
@@ -154,7 +154,7 @@ class Led:
 
     def _say(self, order: str, value: object) -> None:
         if (watch := _watch()) is not None:
-            _tell(watch, [order, value])
+            _send(watch, [order, value])
 
 
 def follow(partner: "Partner", *, unread: bool = False) -> None:
@@ -171,7 +171,7 @@ def follow(partner: "Partner", *, unread: bool = False) -> None:
     watch = _watch()
     assert watch is not None, "there is nobody to follow"
     while True:
-        order, value = _hear(watch)
+        order, value = _receive(watch)
         if order == "leave":
             return
         if order == "interrupt":
@@ -200,11 +200,11 @@ def _watch() -> "Watch | None":
     return faults.watch()
 
 
-def _tell(watch: "Watch", value: object) -> None:
+def _send(watch: "Watch", value: object) -> None:
     watch.store.set(f"told/{watch.store.add('told', 1)}", json.dumps(value))
 
 
-def _hear(watch: "Watch") -> Any:
+def _receive(watch: "Watch") -> Any:
     """Wait for what the first process says next, however long it takes."""
     from datetime import timedelta
 

@@ -88,7 +88,7 @@ def _weights(root: Path, variant: str | None, quick: bool, problems: list[str]) 
     mapping = map_keys(
         init_on_meta(_class(family(config.model_type), config.architectures), config),
         checkpoint.tensors,
-        held_as=read(settings) if settings else None,
+        stored_as=read(settings) if settings else None,
     )
     try:
         mapping.difference.raise_if_incomplete(str(root))

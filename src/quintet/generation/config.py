@@ -13,7 +13,7 @@ from quintet.errors import InputError, ModelNotFoundError, SaveError, shown
 from quintet.files import read_json, write_text
 from quintet.folder import checked_path, find_file
 from quintet.generation.gguf import gguf_options
-from quintet.generation.option_names import asks_nothing, check_names
+from quintet.generation.option_names import check_names, is_default
 from quintet.generation.options import Options
 from quintet.gguf import read_gguf
 from quintet.hub import CONFIG_PATTERNS, locate
@@ -134,7 +134,7 @@ class GenerationConfig(Options):
         idle = [
             f"{key}={shown(value)}"
             for key, value in other.items()
-            if key not in _PROVENANCE and not asks_nothing(value)
+            if key not in _PROVENANCE and not is_default(value)
         ]
         if idle:
             warnings.warn(

@@ -153,36 +153,36 @@ class LedRows(Rows):
         # No others that are there have it.
         self._name = id(self)
         self._dropped: deque[int] = deque()
-        self._tell("begin", count, capacity, nbits)
+        self._send_order("begin", count, capacity, nbits)
         super().__init__(model, count, capacity, nbits)
 
     def open(self, *contents: RowContent) -> int | None:
         """Return a row with the given content, or None if all are taken."""
         if len(self.cache.rows) == self.count:
             return None
-        self._tell("open", [cast("_LedContent", one).number for one in contents])
+        self._send_order("open", [cast("_LedContent", one).number for one in contents])
         return self.cache.join(*contents)
 
     def close(self, row: int) -> None:
         """Free a row."""
-        self._tell("close", row)
+        self._send_order("close", row)
         super().close(row)
 
     def rewind(self, row: int, length: int) -> int:
         """Take a row back to a length, or the nearest one before."""
-        self._tell("rewind", row, length)
+        self._send_order("rewind", row, length)
         return super().rewind(row, length)
 
     def extract(self, row: int, start: int = 0, stop: int | None = None) -> RowContent:
         """Copy a row for a range of its tokens; each process keeps its own heads."""
         content = super().extract(row, start, stop)
-        led = _LedContent(content, self._tell, self._dropped)
-        self._tell("extract", row, content.start, content.stop, led.number)
+        led = _LedContent(content, self._send_order, self._dropped)
+        self._send_order("extract", row, content.start, content.stop, led.number)
         return led
 
     def run(self, pieces: Sequence[Piece]) -> Tensor:
         """Run the pieces in one forward; return the kept logits (N, V)."""
-        self._tell("run", [astuple(piece) for piece in pieces])
+        self._send_order("run", [astuple(piece) for piece in pieces])
         return super().run(pieces)
 
     def prediction(self, capacity: int) -> PredictionRows:
@@ -190,23 +190,23 @@ class LedRows(Rows):
         agreement = Agreement.of(self.model.world)
         assert agreement is not None
         model = cast("MTPModel", self.model)
-        return LedPredictionRows(self._tell, agreement, model, self.count, capacity)
+        return LedPredictionRows(self._send_order, agreement, model, self.count, capacity)
 
     def attend(self) -> bool:
         """Run once what others send to the experts here; return whether they sent something."""
-        self._tell("attend")
+        self._send_order("attend")
         return super().attend()
 
     def leave(self, why: BaseException | None) -> None:
         """Attend until all others leave; or let all end, if this process failed."""
-        self._tell("part", None if why is None else str(why))
+        self._send_order("part", None if why is None else str(why))
         super().leave(why)
 
     def end(self) -> None:
         """Drop these rows in all processes."""
-        self._tell("end")
+        self._send_order("end")
 
-    def _tell(self, order: str, *arguments: Any) -> None:
+    def _send_order(self, order: str, *arguments: Any) -> None:
         dropped = [self._dropped.popleft() for _ in range(len(self._dropped))]
         self._orders.give(order, self._name, dropped, *arguments)
 
@@ -215,7 +215,7 @@ class _LedContent(RowContent):
     """Extracted content; the other processes hold their parts under a number."""
 
     number: int
-    _tell: Callable[..., None]
+    _send_order: Callable[..., None]
     _dropped: deque[int]
     numbers = count()
 
@@ -229,13 +229,15 @@ class _LedContent(RowContent):
             content.adapters,
         )
         # What is derived of a frozen class is not frozen, but has its way of setting.
-        vars(self).update(number=next(self.numbers), _tell=tell, _dropped=dropped)
+        vars(self).update(number=next(self.numbers), _send_order=tell, _dropped=dropped)
         weakref.finalize(self, dropped.append, self.number).atexit = False
 
     def split(self, at: int) -> tuple[RowContent, RowContent]:
         """Split at a slot; the first part has no recurrent states."""
-        head, tail = (_LedContent(one, self._tell, self._dropped) for one in super().split(at))
-        self._tell("split", self.number, at, head.number, tail.number)
+        head, tail = (
+            _LedContent(one, self._send_order, self._dropped) for one in super().split(at)
+        )
+        self._send_order("split", self.number, at, head.number, tail.number)
         return head, tail
 
     def without_states(self) -> RowContent:
@@ -243,8 +245,8 @@ class _LedContent(RowContent):
         if not self.states:
             return self
         plain = RowContent(self.start, self.stop, self.layers, None, self.kind, self.adapters)
-        led = _LedContent(plain, self._tell, self._dropped)
-        self._tell("bare", self.number, led.number)
+        led = _LedContent(plain, self._send_order, self._dropped)
+        self._send_order("bare", self.number, led.number)
         return led
 
 

@@ -105,7 +105,7 @@ class _Group:
         """Append a token to every row, and return the message for the others."""
         return added(self.run, self._take(add(self.run, logits, self.unfinished, step)))
 
-    def hear(self, message: Tensor) -> None:
+    def receive(self, message: Tensor) -> None:
         """Append the tokens that another process chose."""
         tokens, going = message
         self.run.text.append(tokens)
@@ -156,7 +156,7 @@ def _follow(groups: list[_Group], agreement: Agreement) -> None:
     while step <= room and not all(group.over for group in groups):
         for group in groups:
             if step and not group.over:
-                group.hear(agreement.decided(nothing, group.run.text.ids.device))
+                group.receive(agreement.decided(nothing, group.run.text.ids.device))
             if not group.over and step < room:
                 group.forward()
                 room = group.run.rooms.most

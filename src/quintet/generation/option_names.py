@@ -55,7 +55,7 @@ def check_names(options: Mapping[str, Any], known: Iterable[str]) -> dict[str, A
     """
     names = list(known)
     # What asks for nothing may be asked for.
-    given = {k: v for k, v in options.items() if k not in _ABSENT or not asks_nothing(v)}
+    given = {k: v for k, v in options.items() if k not in _ABSENT or not is_default(v)}
     given = {k: v for k, v in given.items() if not any(v is one for one in _ALWAYS.get(k, ()))}
     for name in given:
         if name in _ABSENT:
@@ -67,7 +67,7 @@ def check_names(options: Mapping[str, Any], known: Iterable[str]) -> dict[str, A
     return given
 
 
-def asks_nothing(value: object) -> bool:
+def is_default(value: object) -> bool:
     """Return whether an option has its default value."""
     if isinstance(value, bool):
         return not value

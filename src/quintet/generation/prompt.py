@@ -189,14 +189,14 @@ def _read_mask(mask: Tensor | None, run: Tensor, past: Cache | None) -> tuple[Te
     _check_real("attention_mask", mask)
     B, T = run.shape[:2]
     cached = 0 if past is None else past.get_seq_length()
-    goes_before = mask.ndim == 2 and cached and len(mask) == B and mask.shape[1] > T
-    if not goes_before and mask.shape != (B, T):
+    covers_past = mask.ndim == 2 and cached and len(mask) == B and mask.shape[1] > T
+    if not covers_past and mask.shape != (B, T):
         raise InputError(
             f"attention_mask has shape {tuple(mask.shape)} and the prompt {(B, T)}; they have to "
             "be the same"
         )
     check_ones_and_zeros(mask)
-    if goes_before:
+    if covers_past:
         before = mask[:, :-T].to(torch.bool).sum(dim=1)
         lengths = past.lengths(B, before.device) if past is not None else before
         if not torch.equal(before, lengths.to(before)):

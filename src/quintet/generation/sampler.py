@@ -116,7 +116,7 @@ class Sampler:
     @property
     def reads_unfinished(self) -> bool:
         """Whether a processor asks which rows are unfinished."""
-        return self.readers.asks_for("unfinished")
+        return self.readers.takes_argument("unfinished")
 
     def scores_of_last(
         self, text: TokenBuffer, logits: Tensor, unfinished: Tensor | None = None

@@ -23,7 +23,7 @@ from quintet.ops.mamba2_texts import mix_texts
 from quintet.sharding import WHOLE, Section, Sharding, columns, rows
 
 # What is projected back (B, T, H·P); of each segment, the convolved channels and step sizes.
-_Made = tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]
+_Mixed = tuple[Tensor, Sequence[Tensor], Sequence[Tensor]]
 
 
 class GatedRMSNorm(PlainModule):
@@ -193,7 +193,7 @@ class Mamba2(FusedPart):
         context: ForwardContext,
         slot: StateSlot | None,
         cached: tuple[Tensor, Tensor] | None,
-    ) -> _Made | None:
+    ) -> _Mixed | None:
         """Mix all texts of a packed row at once; None where no backend does."""
         texts = context.texts
         if texts is None:
@@ -225,7 +225,7 @@ class Mamba2(FusedPart):
         context: ForwardContext,
         slot: StateSlot | None,
         cached: tuple[Tensor, Tensor] | None,
-    ) -> _Made:
+    ) -> _Mixed:
         """Mix the rows of each rectangle at once, one rectangle after the other."""
         mixes = []
         for segment, own in zip(context.segments, context.split(projected), strict=True):

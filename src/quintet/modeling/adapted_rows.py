@@ -23,7 +23,7 @@ class AdaptedRows(ModelCore):
 
     adapters: Adapters | None = None
 
-    def adapters_there(self) -> Adapters:
+    def require_adapters(self) -> Adapters:
         """Return the adapters on the model.
 
         Raises:
@@ -48,7 +48,7 @@ class AdaptedRows(ModelCore):
         Raises:
             InputError: there is no such adapter.
         """
-        adapters = self.adapters_there()
+        adapters = self.require_adapters()
         with adapters.places.at(adapters.place(adapter_names, self.device, copied=copied)):
             yield
 
@@ -104,14 +104,14 @@ class AdaptedRows(ModelCore):
         adapters, place = self.adapters, self.place_of_rows()
         assert adapters is not None
         if cache is not None:
-            cache.made_with(adapters.keys_of(place))
+            cache.record_adapters(adapters.keys_of(place))
         if place is None or place.tokens is None:
             return Placing(adapters.places, Place()) if adapters.by_layer else None
         tokens = place.tokens if rows is None else rows.pack(place.tokens)
         return Placing(adapters.places, replace(place, tokens=tokens))
 
     @contextmanager
-    def kept_tokens(self, keep: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    def selecting_tokens(self, keep: Callable[[Tensor], Tensor]) -> Iterator[None]:
         """Tell adapters inside that `keep` selects among the tokens (B, T, ...)."""
         place = self.place_of_rows()
         if place is None or place.tokens is None or self.adapters is None:

@@ -138,7 +138,7 @@ class Adapting(AdaptedRows):
         Raises:
             InputError: there is no such adapter, or two of them exclude each other.
         """
-        adapters = self.adapters_there()
+        adapters = self.require_adapters()
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         adapters.check_known(names)
         factors = [1.0] * len(names) if weights is None else list(weights)
@@ -154,18 +154,18 @@ class Adapting(AdaptedRows):
 
     def active_adapters(self) -> list[str]:
         """Return the names of the active adapters."""
-        return [one.name for one in self.adapters_there().active]
+        return [one.name for one in self.require_adapters().active]
 
     def disable_adapters(self) -> None:
         """Deactivate all adapters until `enable_adapters`."""
-        adapters = self.adapters_there()
+        adapters = self.require_adapters()
         self._check_unmerged(adapters)
         adapters.enabled = False
         adapters.install(self)
 
     def enable_adapters(self) -> None:
         """Activate the adapters again that `disable_adapters` deactivated."""
-        adapters = self.adapters_there()
+        adapters = self.require_adapters()
         adapters.enabled = True
         adapters.install(self)
 
@@ -207,7 +207,7 @@ class Adapting(AdaptedRows):
         Raises:
             InputError: there is no such adapter, or several are in use.
         """
-        adapters = self.adapters_there()
+        adapters = self.require_adapters()
         name = self._one(adapter_name)
         return adapter_state(self._layout(), adapters.parts(self, name))
 
@@ -220,7 +220,7 @@ class Adapting(AdaptedRows):
             SaveError: writing failed; what was there before is untouched.
             InputError: there is no such adapter, or several are in use.
         """
-        adapters = self.adapters_there()
+        adapters = self.require_adapters()
         name = self._one(adapter_name)
         config = LoraConfig.of(adapters.configs[name])
         config.base_model_name_or_path = config.base_model_name_or_path or self.name_or_path or None
@@ -241,7 +241,7 @@ class Adapting(AdaptedRows):
             InputError: there is no such adapter, or some are in the weights already.
             UnsupportedModelError: several layers share a weight, with an adapter for each.
         """
-        adapters = self.adapters_there()
+        adapters = self.require_adapters()
         if adapters.merged is not None:
             raise InputError("there are adapters in the weights; call unmerge_adapter() first")
         active = adapters.active
@@ -258,7 +258,7 @@ class Adapting(AdaptedRows):
         Raises:
             InputError: there are none in them.
         """
-        adapters = self.adapters_there()
+        adapters = self.require_adapters()
         if not isinstance(adapters.merged, Merge):
             raise InputError("there is no adapter in the weights; merge_adapter() puts them there")
         adapters.merged.undo()
@@ -276,7 +276,7 @@ class Adapting(AdaptedRows):
             InputError: there is no such adapter, or others are in the weights already.
             UnsupportedModelError: several layers share a weight, with an adapter for each.
         """
-        adapters = self.adapters_there()
+        adapters = self.require_adapters()
         if adapters.merged is None or adapter_names is not None:
             self.merge_adapter(adapter_names)
         adapters.merged = None
@@ -304,7 +304,7 @@ class Adapting(AdaptedRows):
         Raises:
             InputError: there is no such adapter.
         """
-        adapters = self.adapters_there()
+        adapters = self.require_adapters()
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         self._check_unmerged(adapters)
         adapters.remove(self, list(dict.fromkeys(adapters.check_known(names))))
@@ -330,7 +330,7 @@ class Adapting(AdaptedRows):
 
     def _one(self, name: str | None) -> str:
         """Return an adapter's name; None means the active one."""
-        adapters = self.adapters_there()
+        adapters = self.require_adapters()
         if name is not None:
             return adapters.check_known([name])[0]
         if len(adapters.active) != 1:

@@ -24,8 +24,7 @@ from quintet.modeling.key_mapping import check_tied, stack_experts
 from quintet.modeling.placement import DeviceMap, MaxMemory, named_dtype
 from quintet.modeling.saving import write_together
 from quintet.modeling.source import ModelSource
-from quintet.parallel.division import DistributedConfig
-from quintet.parallel.division import asked as asked_for
+from quintet.parallel.division import DistributedConfig, requested_division
 from quintet.parallel.together import Together
 from quintet.quantization import QuantizationConfig, packed
 
@@ -178,7 +177,7 @@ class PreTrainedModel(ModelContract, Checkpointing, Adapting, Pushable):
             )
         if generation_config is not None and not cls.can_generate():
             raise InputError(f"generation_config: a {cls.__name__} generates nothing")
-        distributed = asked_for(
+        distributed = requested_division(
             tp_plan, tp_size, device_mesh, distributed_config, auto=device_map == "auto"
         )
         world = None

@@ -172,7 +172,7 @@ class CausalLMHead(Headed, GenerationMixin):
         """Return the logits of the selected positions of states (B, T, C)."""
         if self.adapters is None:
             return self.lm_head(select_positions(hidden, logits_to_keep))  # type: ignore[no-any-return]
-        with self.kept_tokens(lambda tokens: select_positions(tokens, logits_to_keep)):
+        with self.selecting_tokens(lambda tokens: select_positions(tokens, logits_to_keep)):
             return self.lm_head(select_positions(hidden, logits_to_keep))  # type: ignore[no-any-return]
 
     def learn(

@@ -10,7 +10,7 @@ from quintet.modeling.key_mapping import KeyMapping
 from quintet.quantization import Slot
 
 
-def how_held(
+def number_formats(
     mapping: KeyMapping,
     tensors: Mapping[str, TensorInfo],
     slots: Mapping[str, Slot],

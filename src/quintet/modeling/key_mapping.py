@@ -88,13 +88,13 @@ def map_keys(
     model: ModelCore,
     tensors: Mapping[str, TensorInfo],
     *,
-    held_as: QuantizationConfig | None = None,
+    stored_as: QuantizationConfig | None = None,
     ignore_mismatched_sizes: bool = False,
 ) -> KeyMapping:
     """Map the tensors of a checkpoint to those of a model, by name and shape.
 
     The checkpoint may be with or without a head, and may hold experts stacked already.
-    `held_as` says how its matrices are quantised, and `ignore_mismatched_sizes` lets tensors
+    `stored_as` says how its matrices are quantised, and `ignore_mismatched_sizes` lets tensors
     begin fresh whose shape is another.
     """
     tied, optional = model.tied_names(), model.optional_names(tensors)
@@ -118,7 +118,7 @@ def map_keys(
     for name, shape in expected.items():
         named = on_disk(name)
         count = count_pieces(named, shape, model.expert_stacks)
-        stacked = count > 1 and held_as is not None and held_as.stored(named, shape, tensors)
+        stacked = count > 1 and stored_as is not None and stored_as.stored(named, shape, tensors)
         whole = named in tensors or bool(stacked) or count > max(left, 1)
         left -= 0 if whole else count
         plan[name] = [Piece(named, shape)] if whole else pieces(named, shape, model.expert_stacks)
@@ -140,7 +140,7 @@ def map_keys(
     )
     for name in absent:
         del plan[name]
-    stored = _stored(plan, tensors, held_as)
+    stored = _stored(plan, tensors, stored_as)
     difference = _compare(stored, tensors)
     reshaped: tuple[str, ...] = ()
     mismatched: tuple[Mismatch, ...] = ()
@@ -169,7 +169,7 @@ def map_keys(
         unused=tuple(
             name
             for name in sorted(set(tensors) - set(used) - set(aliases))
-            if held_as is None or not held_as.idle(name)
+            if stored_as is None or not stored_as.idle(name)
         ),
     )
 
@@ -223,10 +223,10 @@ def stack_experts(model: ModelCore, state: dict[str, Tensor], prefix: str) -> li
 def _stored(
     plan: Mapping[str, list[Piece]],
     tensors: Mapping[str, TensorInfo],
-    held_as: QuantizationConfig | None,
+    stored_as: QuantizationConfig | None,
 ) -> dict[str, Stored]:
     needed = {part.name: part.shape for parts in plan.values() for part in parts}
-    return stored(needed, tensors, held_as)
+    return stored(needed, tensors, stored_as)
 
 
 def _files(stored: Mapping[str, Stored]) -> dict[str, Shape]:

@@ -35,12 +35,12 @@ from quintet.configuration.reading import read_config
 from quintet.errors import InputError, listed
 from quintet.folder import AdapterFolderError, find_file
 from quintet.generation.config import GENERATION_CONFIG_NAME, GenerationConfig
-from quintet.generation.option_names import asks_nothing
+from quintet.generation.option_names import is_default
 from quintet.kernels.large_pages import hold_in_large_pages
 from quintet.modeling.adapting import Adapting
 from quintet.modeling.core import ModelCore
 from quintet.modeling.dispatch import dispatch_model
-from quintet.modeling.holding import how_held, in_words
+from quintet.modeling.holding import in_words, number_formats
 from quintet.modeling.init_on_meta import init_on_meta
 from quintet.modeling.key_mapping import KeyMapping, map_keys
 from quintet.modeling.own_part import OwnPart
@@ -166,7 +166,7 @@ def _load(
         mapping = map_keys(
             model,
             weights.tensors,
-            held_as=request.source,
+            stored_as=request.source,
             ignore_mismatched_sizes=options.ignore_mismatched_sizes,
         )
         mapping.difference.raise_if_incomplete(where)
@@ -195,7 +195,7 @@ def _load(
         if world is not None and mapping.fresh:
             checked.note = torch.get_rng_state()
     if log.isEnabledFor(logging.INFO):
-        counts = how_held(mapping, weights.tensors, slots, loader.dtype_of)
+        counts = number_formats(mapping, weights.tensors, slots, loader.dtype_of)
         log.info("%s: %s", where, in_words(counts))
     with Together(world, "while it read weights"):
         load_weights(loader, mapping, weights, where, checked.notes[0])
@@ -345,7 +345,7 @@ def _effective(given: Mapping[str, Any]) -> dict[str, Any]:
         key: value
         for key, value in given.items()
         if key not in WITHOUT_EFFECT
-        and not (key in ABSENT and asks_nothing(value))
+        and not (key in ABSENT and is_default(value))
         and not (key == "attn_implementation" and value is None)
     }
 

@@ -209,7 +209,7 @@ class MtpCausalLMHead(MoeCausalLMHead):
                 f"mtp_loss_weight={mtp_loss_weight} weighs a loss; it is at least 0, "
                 "and needs labels"
             )
-        states_asked = first(output_hidden_states, self.config.output_hidden_states)
+        states_requested = first(output_hidden_states, self.config.output_hidden_states)
         output = super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -219,7 +219,7 @@ class MtpCausalLMHead(MoeCausalLMHead):
             labels=labels,
             use_cache=use_cache,
             output_attentions=output_attentions,
-            output_hidden_states=states_asked or looks_ahead,
+            output_hidden_states=states_requested or looks_ahead,
             return_dict=True,
             cache_position=cache_position,
             logits_to_keep=logits_to_keep,
@@ -248,7 +248,7 @@ class MtpCausalLMHead(MoeCausalLMHead):
                 ]
                 output.mtp_loss = torch.stack(losses).mean()
                 output.loss = output.loss + mtp_loss_weight * output.mtp_loss
-        if not states_asked:
+        if not states_requested:
             output.hidden_states = None
         return output if first(return_dict, self.config.return_dict) else output.to_tuple()
 

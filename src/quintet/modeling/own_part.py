@@ -9,7 +9,7 @@ from quintet.modeling.core import ModelCore
 from quintet.parallel.apply import connect, divide
 from quintet.parallel.slices import Slices
 from quintet.parallel.stage import leave_out
-from quintet.parallel.stages import names_held, stages_to_run
+from quintet.parallel.stages import names_of_process, stages_to_run
 from quintet.parallel.world import World
 from quintet.quantization import Slot, check_divided
 
@@ -46,7 +46,7 @@ class OwnPart:
             dtypes = {name: model.dtype_of(name, dtype) for name, _ in parameters}
             sliced = partial(slices.of, dtypes)
         self._table, self.shards = divide(model, world, sliced)
-        self.local_names = names_held(self._stages, world)
+        self.local_names = names_of_process(self._stages, world)
 
     def check(self, slots: Mapping[str, Slot]) -> None:
         """Refuse quantisation formats whose blocks would be cut.

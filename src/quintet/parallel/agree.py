@@ -89,7 +89,7 @@ class Agreement:
         except BaseException as error:
             self._fail(error)
             raise
-        self._say(DECIDED, decision)
+        self._send_decision(DECIDED, decision)
         return decision
 
     def broadcast(self, x: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ class Agreement:
         if shared_buffer is None or not shared_buffer.sum(x):
             dist.broadcast(x, self.ranks[0], group=self.group)
 
-    def _say(self, status: int, decision: Tensor) -> None:
+    def _send_decision(self, status: int, decision: Tensor) -> None:
         flat = decision.detach().to("cpu", torch.int64).flatten()
         message = torch.zeros(SMALL, dtype=torch.int64, device="cpu")
         head = [status, decision.ndim, *decision.shape]
@@ -144,13 +144,13 @@ class Agreement:
         """Tell the others why there is nothing to be told."""
         self.ended = True
         if isinstance(error, KeyboardInterrupt):
-            self._say(INTERRUPTED, torch.zeros(0, dtype=torch.int64, device="cpu"))
+            self._send_decision(INTERRUPTED, torch.zeros(0, dtype=torch.int64, device="cpu"))
             return
         # Of what is derived from one of ours, that is what the others can make.
         ours = [kind.__name__ for kind in type(error).__mro__ if kind.__name__ in errors.__all__]
         report = {"ours": ours[:1], "kind": type(error).__name__, "says": str(error)[:LETTERS]}
         text = list(json.dumps(report).encode())
-        self._say(FAILED, torch.tensor(text, dtype=torch.int64, device="cpu"))
+        self._send_decision(FAILED, torch.tensor(text, dtype=torch.int64, device="cpu"))
 
     def _raised(self, message: bytes) -> Exception:
         error = json.loads(message)
@@ -243,12 +243,12 @@ def _feed(update: Callable[[bytes], None], value: object) -> None:
     else:
         kind = type(value)
         update(f"{kind.__module__}.{kind.__qualname__}".encode())
-        fields = _says(value)
+        fields = _fields_of(value)
         if fields is not None:
             _feed(update, fields)
 
 
-def _says(value: object) -> Mapping[str, object] | None:
+def _fields_of(value: object) -> Mapping[str, object] | None:
     """Return the fields of a config, or None if it has none."""
     kinds = (vars(kind) for kind in type(value).__mro__)
     to_dict: Any = next((kind["to_dict"] for kind in kinds if "to_dict" in kind), None)
@@ -260,7 +260,7 @@ def _briefly(given: Mapping[str, object], prefix: str = "") -> dict[str, str]:
     """Say in a few words what each is, the items of tables by themselves."""
     found: dict[str, str] = {}
     for name, value in given.items():
-        items = value if isinstance(value, Mapping) else _says(value)
+        items = value if isinstance(value, Mapping) else _fields_of(value)
         if isinstance(value, Tensor):
             sizes = "×".join(map(str, value.shape))
             found[prefix + name] = f"{sizes} {value.dtype} ({_digest(value):x})"[:BRIEF]

@@ -13,7 +13,7 @@ from quintet.errors import InputError, shown
 from quintet.parallel.placement import place, table_of
 from quintet.parallel.world import Degrees, environment_size
 
-__all__ = ["PLAN", "DistributedConfig", "asked", "degrees_for", "processes"]
+__all__ = ["PLAN", "DistributedConfig", "degrees_for", "processes", "requested_division"]
 
 # Of a mesh, from the outermost.
 AXES = ("pp", "dp", "fsdp", "tp")
@@ -117,7 +117,7 @@ def processes() -> int:
     return environment_size()
 
 
-def asked(
+def requested_division(
     tp_plan: object,
     tp_size: int | None,
     device_mesh: DeviceMesh | None,

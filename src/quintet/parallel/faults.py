@@ -61,7 +61,7 @@ class Watch:
     _reported: bool = field(default=False, init=False)
     _waited_for: int = field(default=0, init=False)
     _noted: int | None = field(default=None, init=False)
-    _by: int | None = field(default=None, init=False)
+    _last_signal: int | None = field(default=None, init=False)
     _over: threading.Event = field(default_factory=threading.Event, init=False, repr=False)
     _thread: threading.Thread | None = field(default=None, init=False, repr=False)
 
@@ -80,7 +80,7 @@ class Watch:
             if alarm:
                 self.store.set("alarm", "1")
 
-    def heard(self) -> dict[int, Word]:
+    def words(self) -> dict[int, Word]:
         """Return a word of each process that said one, in the order of their first ones.
 
         Raises:
@@ -110,7 +110,7 @@ class Watch:
 
     def _found(self, *, late: bool) -> RankFailedError | None:
         try:
-            words = self._all_heard()
+            words = self._all_words()
         except RuntimeError:
             # The words are kept by rank 0, or what started it.
             return RankFailedError(0, f"({self.who[0]}) is gone, and what was said with it")
@@ -119,11 +119,11 @@ class Watch:
             self._wake(words)
         return verdict(words, self.who, self.seconds, late=late)
 
-    def _all_heard(self) -> dict[int, Word]:
+    def _all_words(self) -> dict[int, Word]:
         """Return the words of all, or of those that said one within a moment."""
         until = time.monotonic() + GRACE
         while True:
-            words = self.heard()
+            words = self.words()
             known = any(word.kind == "failed" and word.rank != self.rank for word in words.values())
             if known or len(words) == len(self.who) or time.monotonic() > until:
                 return words
@@ -150,9 +150,9 @@ class Watch:
     def say(self, found: BaseException) -> None:
         """Write on standard error who failed, once on a machine."""
         _tell_launcher(str(found))
-        self._say_once(f"error: {found}")
+        self._print_once(f"error: {found}")
 
-    def _say_once(self, text: str) -> None:
+    def _print_once(self, text: str) -> None:
         first = True
         with suppress(RuntimeError):
             first = self.store.add(f"said/{self.node}", 1) == 1
@@ -178,13 +178,13 @@ class Watch:
                 return
             if _place_of_thread(main)[1]:
                 self._reported = True
-                late = any(word.kind == "late" for word in self.heard().values())
+                late = any(word.kind == "late" for word in self.words().values())
                 found = self._found(late=late)
-                if found is not None and self.by is None:
+                if found is not None and self.last_signal is None:
                     self.say(found)
                 sys.stdout.flush()
                 self._let_read()
-                os._exit(1 if self.by is None else 128 + self.by)
+                os._exit(1 if self.last_signal is None else 128 + self.last_signal)
             if not self.keeps:
                 # It may be long until this one finds out: it is not waited for.
                 self._let_read()
@@ -198,7 +198,7 @@ class Watch:
         if (found := self._found(late=False)) is not None:
             self.say(found)
         else:
-            self._say_once(_by(number))
+            self._print_once(_ended_by(number))
         raise SystemExit(128 + number)
 
     def leave_it_to_others(self) -> None:
@@ -212,12 +212,12 @@ class Watch:
             signal.signal(number, lambda number, frame: None)
 
     @property
-    def by(self) -> int | None:
+    def last_signal(self) -> int | None:
         """The last signal that was noted."""
         if self._noted is not None:
             with suppress(BlockingIOError):
-                self._by = os.read(self._noted, 64)[-1]
-        return self._by
+                self._last_signal = os.read(self._noted, 64)[-1]
+        return self._last_signal
 
     def end_by(self, number: int) -> None:
         """Tell the others that a signal ends this process, and say so once on a machine."""
@@ -225,7 +225,7 @@ class Watch:
             return
         self._reported = True
         self.tell("interrupted", "", ("", False))
-        self._say_once(_by(number))
+        self._print_once(_ended_by(number))
 
     def leave(self) -> None:
         """Mark this process as ended, and take it out of the group."""
@@ -328,7 +328,7 @@ def _kind(error: BaseException, *, inside: bool) -> Kind:
     return "failed"
 
 
-def _by(number: int) -> str:
+def _ended_by(number: int) -> str:
     return f"ended by {signal.Signals(number).name}, as are the other processes"
 
 

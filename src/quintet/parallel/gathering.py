@@ -72,15 +72,17 @@ def to_first(own: Iterable[tuple[str, Tensor]], world: World) -> Iterator[tuple[
     sends = at["pp"] > 0 and not any(at[axis] for axis in DENSE if axis != "pp")
     for name, tensor in own:
         if sends:
-            _tell({"name": name, "dtype": _name(tensor.dtype), "shape": list(tensor.shape)}, world)
+            _send_spec(
+                {"name": name, "dtype": _name(tensor.dtype), "shape": list(tensor.shape)}, world
+            )
             if tensor.numel():
                 dist.send(_bytes(tensor.to(world.device)), dst=0)
         yield name, tensor
     if sends:
-        _tell({}, world)
+        _send_spec({}, world)
     if world.rank == 0:
         for stage in dist.get_process_group_ranks(world.groups["pp"])[1:]:
-            while spec := _hear(stage, world):
+            while spec := _receive_spec(stage, world):
                 dtype: torch.dtype = getattr(torch, spec["dtype"])
                 tensor = torch.empty(spec["shape"], dtype=dtype, device=world.device)
                 if tensor.numel():
@@ -94,14 +96,14 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _tell(value: dict[str, Any], world: World) -> None:
+def _send_spec(value: dict[str, Any], world: World) -> None:
     """Tell the first process a few words."""
     text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
     dist.send(torch.tensor([len(text)], dtype=torch.long, device=world.device), dst=0)
     dist.send(text.to(world.device), dst=0)
 
 
-def _hear(rank: int, world: World) -> dict[str, Any]:
+def _receive_spec(rank: int, world: World) -> dict[str, Any]:
     """Receive the description of a tensor from a process."""
     size = torch.zeros(1, dtype=torch.long, device=world.device)
     dist.recv(size, src=rank)

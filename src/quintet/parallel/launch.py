@@ -40,7 +40,7 @@ class Launch:
         node: what tells its machine from others.
         address: where rank 0, or torchrun for it, is met.
         port: there.
-        kept: whether torchrun keeps the meeting point, and not rank 0.
+        agent_keeps_store: whether torchrun keeps the meeting point, and not rank 0.
     """
 
     rank: int
@@ -50,7 +50,7 @@ class Launch:
     node: str
     address: str
     port: int
-    kept: bool
+    agent_keeps_store: bool
 
 
 def launched() -> Launch | None:
@@ -152,7 +152,7 @@ def connect(timeout: float | None = None, device: torch.device | None = None) ->
         try:
             _meet(launch, seconds, device or own_device())
         except DistributedError:
-            if launch.rank == 0 and not launch.kept:
+            if launch.rank == 0 and not launch.agent_keeps_store:
                 # The others have to see it, too, and where they meet ends with this process.
                 time.sleep(1)
             raise
@@ -160,7 +160,7 @@ def connect(timeout: float | None = None, device: torch.device | None = None) ->
     store = PrefixStore("quintet", _get_default_store())
     node = socket.gethostname() if launch is None else launch.node
     who = _introduced(store, rank, size)
-    keeps = rank == 0 and not (launch is not None and launch.kept)
+    keeps = rank == 0 and not (launch is not None and launch.agent_keeps_store)
     watch = faults.Watch(store, rank, who, seconds, node, keeps)
     faults.begin(watch)
     atexit.register(watch.leave)
@@ -221,7 +221,7 @@ def _meet(launch: Launch, seconds: float, device: torch.device) -> None:
         store = TCPStore(
             launch.address,
             launch.port,
-            is_master=launch.rank == 0 and not launch.kept,
+            is_master=launch.rank == 0 and not launch.agent_keeps_store,
             timeout=wait,
             wait_for_workers=False,
             multi_tenant=True,

@@ -234,7 +234,7 @@ def stages_to_run(model: nn.Module, world: World | None) -> Stages | None:
     return stages_of(model, world.degrees.pp, backwards=True)
 
 
-def names_held(stages: Stages | None, world: World | None) -> frozenset[str] | None:
+def names_of_process(stages: Stages | None, world: World | None) -> frozenset[str] | None:
     """Return the names of the tensors that this process has any of; None for all."""
     if stages is None or world is None:
         return None

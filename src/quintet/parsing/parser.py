@@ -89,7 +89,7 @@ class StreamParser:
             self._opening = "reasoning"
             self._source.recorded()
         else:
-            self._say(self._source.recorded())
+            self._emit_content(self._source.recorded())
 
     def _think(self) -> Steps[None]:
         """Read reasoning up to its end."""
@@ -123,7 +123,7 @@ class StreamParser:
             yield from self._call(written, "")
         while not self._done:
             text, found = yield from self._source.until(pattern, every)
-            self._say(text)
+            self._emit_content(text)
             if not text and not found:
                 break
             if found in invents:
@@ -133,7 +133,7 @@ class StreamParser:
             elif found in opens and written is not None:
                 closing = set(closes) if (yield from self._call(written, found)) else set()
             else:
-                self._say(found)
+                self._emit_content(found)
         if self._spaces and not self._done:
             self._events.append(Content("".join(self._spaces)))
 
@@ -146,7 +146,7 @@ class StreamParser:
     def _looks_like_a_call(self) -> Steps[bool]:
         self._source.record()
         following = yield from self._source.skip_space()
-        self._say(self._source.recorded())
+        self._emit_content(self._source.recorded())
         return following in ("{", "`")
 
     def _call(self, written: Format, opener: str) -> Steps[bool]:
@@ -156,7 +156,7 @@ class StreamParser:
         if written.style == "header" and opener == self._marks.sign(section):
             yield from self._source.skip_space()
             if not (yield from self._source.accept(self._marks.sign(opening))):
-                self._say(self._source.recorded())
+                self._emit_content(self._source.recorded())
                 return False
         complete = 0
         while True:
@@ -167,7 +167,7 @@ class StreamParser:
             except BrokenCallError:
                 # Text in JSON that no marker begins only looked like one.
                 self.broken += bool(opener)
-                self._say(self._source.recorded())
+                self._emit_content(self._source.recorded())
                 break
             complete += 1
             self._source.recorded()
@@ -188,7 +188,7 @@ class StreamParser:
             self._done = not self._parallel
         self._events.append(event)
 
-    def _say(self, text: str) -> None:
+    def _emit_content(self, text: str) -> None:
         text = self._marks.plain(text)
         if self._trims:
             text = text.lstrip("\n" if self._trims == "lines" else None)

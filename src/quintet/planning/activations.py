@@ -6,12 +6,12 @@ inputs alone, it is .7 to .8 times as many.
 """
 
 
-def kept_of_maps(kernels: bool) -> float:
+def numbers_per_map(kernels: bool) -> float:
     """Return the numbers kept per input and output of a map."""
     return 0.76 if kernels else 1.2
 
 
-def kept_of_scans(kernels: bool) -> float:
+def numbers_per_scan(kernels: bool) -> float:
     """Return the additional numbers kept per channel of Mamba-2."""
     return 0.0 if kernels else 8.0
 

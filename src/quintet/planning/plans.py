@@ -20,7 +20,7 @@ from quintet.planning.inference import (
 )
 from quintet.planning.shares import Model
 from quintet.planning.training import Training, TrainingFootprint, step, training_footprint
-from quintet.planning.weights import Tensors, held_as, on_meta, weights_of
+from quintet.planning.weights import Tensors, on_meta, quantization_on, weights_of
 from quintet.planning.world import Limits, Split, World, splits
 from quintet.quantization.config import QuantizationConfig
 
@@ -138,7 +138,7 @@ def described(
         tensors: of its files, where they were looked at.
         redundant: copies of routed experts in each layer besides.
     """
-    request = held_as(config, quantize, device)
+    request = quantization_on(config, quantize, device)
     as_files = tensors if quantize is None else None
     weights = weights_of(on_meta(config, dtype), request, as_files)
     return Model(config, weights, redundant), request.target

@@ -19,7 +19,7 @@ from typing import Literal
 
 from quintet.errors import InputError
 from quintet.measurement.flops import attention_flops
-from quintet.planning.activations import expert_numbers, kept_of_maps, kept_of_scans
+from quintet.planning.activations import expert_numbers, numbers_per_map, numbers_per_scan
 from quintet.planning.communication import Network
 from quintet.planning.inference import EXCHANGED, Pace, sums_of
 from quintet.planning.shares import Model, Stage
@@ -192,12 +192,12 @@ def _numbers(model: Model, layer: int, split: Split, work: Training) -> float:
             if len(shape) == 3 and weight.name.endswith("down_proj"):
                 # As many of a token's experts as there are here on average.
                 sent = model.active * (1 / split.tp if split.exchanges else 1 / split.ep)
-                stored += kept_of_maps(work.kernels) * sent * expert_numbers(shape[1], shape[2])
+                stored += numbers_per_map(work.kernels) * sent * expert_numbers(shape[1], shape[2])
         elif len(shape) == 2 and not weight.name.endswith("mlp.gate.weight"):
             share = weight.uses / len(weight.layers) if weight.uses else 0.0
-            stored += kept_of_maps(work.kernels) * sum(shape) * share
+            stored += numbers_per_map(work.kernels) * sum(shape) * share
         elif weight.name.endswith("mamba.norm.weight"):
-            stored += kept_of_scans(work.kernels) * shape[0]
+            stored += numbers_per_scan(work.kernels) * shape[0]
         if work.sequence_parallel and _BETWEEN.search(weight.name):
             # What it reads, of which what is kept of maps counts all.
             stored -= (1 - 1 / split.tp) * weight.shape[-1]

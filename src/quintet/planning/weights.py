@@ -101,7 +101,9 @@ class Weight:
         return math.prod(stack) * halves * matrix_bytes
 
 
-def held_as(config: PreTrainedConfig, quantize: str | None, device: Device) -> QuantizationRequest:
+def quantization_on(
+    config: PreTrainedConfig, quantize: str | None, device: Device
+) -> QuantizationRequest:
     """Return the quantisation of a model on a device.
 
     Files in FP8 become plain numbers where a device multiplies no FP8, as when they are loaded.
@@ -219,7 +221,7 @@ def _formats(
 ) -> dict[str, WeightFormat]:
     if request.target is None:
         return {}
-    found = {} if tensors is None else map_keys(model, tensors, held_as=request.source).formats
+    found = {} if tensors is None else map_keys(model, tensors, stored_as=request.source).formats
     scheme = request.target.scheme() if tensors is None else request.scheme(found)
     if scheme is None:
         return {}

@@ -160,11 +160,11 @@ class GroupedFormat(FileFormat):
 
     @property
     def model_format(self) -> WeightFormat | None:
-        inner = self._held_in_order
+        inner = self._model_format_in_order
         return OrderedFormat(inner) if self.ordered and inner is not None else inner
 
     @property
-    def _held_in_order(self) -> WeightFormat | None:
+    def _model_format_in_order(self) -> WeightFormat | None:
         if self.symmetric and self.bits == 4 and (self.group or INT4_GROUP) % INT4_GROUP == 0:
             return Int4Format()
         if self.symmetric and self.bits == 8 and self.group is None:

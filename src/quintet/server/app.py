@@ -75,13 +75,13 @@ def create_app(service: Service) -> FastAPI:
     for router in routers(service):
         app.include_router(router)
 
-    async def tell(request: Request, error: Exception) -> Response:
+    async def handle_error(request: Request, error: Exception) -> Response:
         api_error = _error_of_framework(error)
         request.state.error_code = api_error.code
         return error_response(api_error, writer_of(request.scope))
 
-    app.add_exception_handler(HTTPException, tell)
-    app.add_exception_handler(RequestValidationError, tell)
+    app.add_exception_handler(HTTPException, handle_error)
+    app.add_exception_handler(RequestValidationError, handle_error)
     # The last is the outermost.
     app.add_middleware(Gate, service=service)
     app.add_middleware(Intake, service=service, writer_of=writer_of)

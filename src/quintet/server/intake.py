@@ -73,9 +73,9 @@ class Intake:
             status, state["error_code"] = api_error.status, api_error.code
         finally:
             self._service.under_way -= 1
-            self._tell(scope, status, time.monotonic() - began)
+            self._log_request(scope, status, time.monotonic() - began)
 
-    def _tell(self, scope: Scope, status: int, seconds: float) -> None:
+    def _log_request(self, scope: Scope, status: int, seconds: float) -> None:
         # Never the path as it came: it may be anybody's text.
         found, state = scope.get("route"), scope["state"]
         route = found.path_format if isinstance(found, Route) else "none"

@@ -260,16 +260,16 @@ class _Forms(Collector):
 
     def collect(self) -> Iterator[Metric]:
         shapes = self._service.registry.shapes
-        seen = {name: it.figures.snapshot() for name, it in shapes.items()}
-        for name, what, of in FORM_GAUGES:
-            gauge = GaugeMetricFamily(f"quintet_{name}", what, labels=["model"])
+        seen = {name: loaded.figures.snapshot() for name, loaded in shapes.items()}
+        for name, documentation, value_of in FORM_GAUGES:
+            gauge = GaugeMetricFamily(f"quintet_{name}", documentation, labels=["model"])
             for model, snapshot in seen.items():
-                gauge.add_metric([model], of(snapshot))
+                gauge.add_metric([model], value_of(snapshot))
             yield gauge
-        for name, what, of in FORM_COUNTERS:
-            counter = CounterMetricFamily(f"quintet_{name}", what, labels=["model"])
+        for name, documentation, value_of in FORM_COUNTERS:
+            counter = CounterMetricFamily(f"quintet_{name}", documentation, labels=["model"])
             for model, snapshot in seen.items():
-                counter.add_metric([model], of(snapshot))
+                counter.add_metric([model], value_of(snapshot))
             yield counter
         refused = CounterMetricFamily(
             "quintet_grammar_refusals",

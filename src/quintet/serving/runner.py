@@ -268,7 +268,7 @@ class Runner(PromptReuse):
                 self._keep(request)
             if new:
                 self._timed(request, now)
-            self._tell(request)
+            self._queue_news(request)
 
     def _attend(self) -> None:
         """Take part in a step of other engines, and rest longer if there was none."""
@@ -298,7 +298,7 @@ class Runner(PromptReuse):
             self.figures.between_seconds.add(now - request.last)
         request.last = now
 
-    def _tell(self, request: Request) -> None:
+    def _queue_news(self, request: Request) -> None:
         """Queue the news of a request, and remove a finished one."""
         text = request.text
         try:

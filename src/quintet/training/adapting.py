@@ -211,7 +211,7 @@ def put_on_part(model: CausalLMHead, settings: AdapterSettings, beside: str | No
     put_adapter(whole, settings, beside)
     model.requires_grad_(False)
     _share(model, whole)
-    whole.adapters_there().move(whole, model)
+    whole.require_adapters().move(whole, model)
 
 
 def whole_of(model: CausalLMHead) -> CausalLMHead:

@@ -39,8 +39,8 @@ from quintet.training.config import (
     TrainingConfig,
     TrainSettings,
 )
-from quintet.training.held import Held
 from quintet.training.joining import Beside
+from quintet.training.local_part import LocalPart
 from quintet.training.objective import Objective
 from quintet.training.objectives import Distillation, LanguageModelling, Preference
 from quintet.training.objectives.compared import Running, run_local
@@ -82,7 +82,7 @@ def prepared(
     tokenizer: PreTrainedTokenizer,
     model: CausalLMHead | None,
     start: SavedCheckpoint | None,
-    share: Held | None = None,
+    share: LocalPart | None = None,
     beside: Beside | None = None,
 ) -> tuple[CausalLMHead, Objective]:
     """Return the model as its training begins, or goes on, and what it is trained for.
@@ -109,7 +109,9 @@ def prepared(
             # Where nothing was read, the numbers that its parts were drawn from.
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(config.train.seed)
-                return build_model(config.model, tokenizer, None if beside is None else beside.held)
+                return build_model(
+                    config.model, tokenizer, None if beside is None else beside.local_part
+                )
 
         objective = build_objective(config, model, first, beside)
         if config.adapter is not None:
@@ -150,7 +152,7 @@ def _compares_with_adapter(config: TrainingConfig) -> bool:
 def build_model(
     settings: ModelSettings,
     tokenizer: PreTrainedTokenizer,
-    share: Held | None = None,
+    share: LocalPart | None = None,
     saved: Path | None = None,
 ) -> CausalLMHead:
     """Return the model that the settings name.
@@ -197,7 +199,7 @@ def build_model(
 
 
 def _own_part(
-    source: ModelSource, settings: ModelSettings, share: Held, overrides: dict[str, Any]
+    source: ModelSource, settings: ModelSettings, share: LocalPart, overrides: dict[str, Any]
 ) -> CausalLMHead:
     try:
         return _part(source, settings, share, overrides)
@@ -210,7 +212,7 @@ def _own_part(
 
 
 def _part(
-    source: ModelSource, settings: ModelSettings, share: Held, overrides: dict[str, Any]
+    source: ModelSource, settings: ModelSettings, share: LocalPart, overrides: dict[str, Any]
 ) -> CausalLMHead:
     config = AutoConfig.from_pretrained(source.name_or_path, revision=source.revision)
     cls: type[CausalLMHead] = family(config.model_type).find("ForCausalLM")
@@ -316,7 +318,9 @@ def _other(key: str, name: str, beside: Beside | None) -> tuple[CausalLMHead, Ru
     """Return a checkpoint's model, which another one is compared with, and what it is run by."""
     if beside is None:
         return _placed(_loaded(name), None, part=False)
-    read = partial(_part, settings=ModelSettings(dtype="auto"), share=beside.held, overrides={})
+    read = partial(
+        _part, settings=ModelSettings(dtype="auto"), share=beside.local_part, overrides={}
+    )
     try:
         try:
             model = read(ModelSource(name))

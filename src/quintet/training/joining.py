@@ -20,14 +20,14 @@ from quintet.parallel.placement import table_of
 from quintet.parallel.sequence_parallel import slice_tokens
 from quintet.parallel.slices import Slices
 from quintet.parallel.stage import leave_out
-from quintet.parallel.stages import Stages, names_held, stages_to_run
+from quintet.parallel.stages import Stages, names_of_process, stages_to_run
 from quintet.parallel.world import World
 from quintet.training.adapting import whole_of
 from quintet.training.config import TrainingConfig
-from quintet.training.held import Held
+from quintet.training.local_part import LocalPart
 from quintet.training.objectives.compared import Running
 from quintet.training.objectives.compared import run_local as run_here
-from quintet.training.optimizers.layout import HERE, Layout
+from quintet.training.optimizers.layout import LOCAL, Layout
 from quintet.training.parallel import ParallelSettings
 from quintet.training.ranks import Alone, Ranks, Several
 
@@ -51,11 +51,11 @@ def joined(settings: ParallelSettings) -> Ranks:
     return Several(join(degrees, timeout=settings.timeout))
 
 
-def held(config: TrainingConfig, ranks: Ranks) -> Held | None:
+def local_part(config: TrainingConfig, ranks: Ranks) -> LocalPart | None:
     """Return the part of a model that this process holds while it is built; None for all of it."""
     if not isinstance(ranks, Several) or (config.adapter and config.adapter.reads_weights):
         return None
-    return Held(ranks.world, _slices(ranks.world, every=_low(config)))
+    return LocalPart(ranks.world, _slices(ranks.world, every=_low(config)))
 
 
 def _slices(world: World, *, every: bool) -> Slices | None:
@@ -79,7 +79,7 @@ def parallelize(
         InputError: it cannot be divided so.
     """
     if not isinstance(ranks, Several):
-        return HERE
+        return LOCAL
     world, degrees = ranks.world, ranks.world.degrees
     low = _low(config)
     # Before it is cut: what is elsewhere is not known of a part.
@@ -157,7 +157,7 @@ def _divided(
     elif stages is not None and not part:
         leave_out(model, stages, world)
     if adapters is not None:
-        if (local_names := names_held(stages, world)) is not None:
+        if (local_names := names_of_process(stages, world)) is not None:
             adapters.keep(model, local_names)
         adapters.install(model)
     if degrees.cp > 1:
@@ -185,9 +185,9 @@ class Beside:
     world: World
 
     @property
-    def held(self) -> Held:
+    def local_part(self) -> LocalPart:
         """The part of another model that this process holds."""
-        return Held(self.world, _slices(self.world, every=False), learns=False)
+        return LocalPart(self.world, _slices(self.world, every=False), learns=False)
 
     def placed(self, model: CausalLMHead, *, part: bool) -> Running:
         """Make a model this process's part of it, and return what its forwards are run by.

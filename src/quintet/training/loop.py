@@ -21,7 +21,7 @@ from quintet.training.checkpoints import SavedCheckpoint, saved_checkpoints
 from quintet.training.checks import check
 from quintet.training.config import TrainingConfig, TrainSettings
 from quintet.training.data import build_data
-from quintet.training.joining import beside, held, joined, parallelize
+from quintet.training.joining import beside, joined, local_part, parallelize
 from quintet.training.metrics import Metrics
 from quintet.training.ranks import Ranks
 from quintet.training.records import Reporter, Several, Silent
@@ -92,7 +92,7 @@ def train(
         elif resume:
             reporter.warned(f"{folder} holds no checkpoint to go on from: the training begins anew")
         tokenizer = build_tokenizer(config) if tokenizer is None else tokenizer
-        part = None if model is not None else held(config, ranks)
+        part = None if model is not None else local_part(config, ranks)
         model, objective = prepared(config, tokenizer, model, start, part, beside(ranks))
         encode = partial(build_data, vocab_size=model.config.vocab_size, tell=reporter.warned)
         # Texts are encoded once; the others find them.

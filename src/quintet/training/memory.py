@@ -9,7 +9,7 @@ from quintet.kernels import native
 from quintet.layers.mamba2 import Mamba2
 from quintet.layers.moe import Experts
 from quintet.modeling.base import PreTrainedModel
-from quintet.planning.activations import expert_numbers, kept_of_maps, kept_of_scans
+from quintet.planning.activations import expert_numbers, numbers_per_map, numbers_per_scan
 from quintet.quantization.modules import QuantizedExperts, QuantizedLinear
 
 
@@ -79,7 +79,7 @@ def memory(
 def _numbers(layer: nn.Module, model: PreTrainedModel, kernels: bool) -> float:
     """Return the number of values that a layer keeps per token."""
     active = vars(model.config).get("num_experts_per_tok") or 0
-    linear, scan = kept_of_maps(kernels), kept_of_scans(kernels)
+    linear, scan = numbers_per_map(kernels), numbers_per_scan(kernels)
     stored = 0.0
     for module in layer.modules():
         if isinstance(module, nn.Linear | QuantizedLinear):

@@ -102,7 +102,7 @@ class Run:
         try:
             with heeded(says=self.ranks.first) as stop:
                 self._steps(stop)
-                reason = "done" if stop.by is None else "interrupted"
+                reason = "done" if stop.received is None else "interrupted"
         except KeyboardInterrupt:
             reason = "interrupted"
             raise
@@ -140,9 +140,11 @@ class Run:
     def _agree(self, stop: Stop) -> tuple[bool, bool]:
         """Return whether any process was asked to end, and whether it is time to save."""
         waited = time.monotonic() - self._saved_at >= self.config.checkpoint.minutes * 60
-        number, late = self.ranks.most([0 if stop.by is None else int(stop.by), float(waited)])
-        if number and stop.by is None:
-            stop.by = Signals(int(number))
+        number, late = self.ranks.most(
+            [0 if stop.received is None else int(stop.received), float(waited)]
+        )
+        if number and stop.received is None:
+            stop.received = Signals(int(number))
         return bool(number), bool(late)
 
     def _step(self) -> StepRecord:

@@ -15,11 +15,11 @@ class Stop:
     """Whether a training is asked to end.
 
     Attributes:
-        by: the signal that asked, or None.
+        received: the signal that asked, or None.
     """
 
     def __init__(self) -> None:
-        self.by: signal.Signals | None = None
+        self.received: signal.Signals | None = None
 
     def end(self) -> None:
         """End as whoever asked expects it: with an exception that nothing handles by chance.
@@ -28,10 +28,10 @@ class Stop:
             KeyboardInterrupt: after Ctrl-C.
             SystemExit: after SIGTERM, with 143.
         """
-        if self.by is signal.SIGINT:
+        if self.received is signal.SIGINT:
             raise KeyboardInterrupt
-        if self.by is not None:
-            raise SystemExit(128 + self.by)
+        if self.received is not None:
+            raise SystemExit(128 + self.received)
 
 
 @contextmanager
@@ -56,7 +56,7 @@ def heeded(*, says: bool = True) -> Iterator[Stop]:
 
     def heed(number: int, frame: FrameType | None) -> None:
         restore()
-        stop.by = signal.Signals(number)
+        stop.received = signal.Signals(number)
         # What prints may be interrupted right here, and cannot be entered twice.
         with suppress(OSError):
             os.write(2, ASKED if says else b"")

@@ -14,7 +14,7 @@ from quintet.modeling.base import PreTrainedModel
 from quintet.training.batch import Batch
 from quintet.training.objective import Objective, StepObjective
 from quintet.training.optimizers import Optimizers
-from quintet.training.optimizers.layout import HERE, Layout
+from quintet.training.optimizers.layout import LOCAL, Layout
 from quintet.training.progress import Progress
 from quintet.training.ranks import Alone, Ranks
 
@@ -47,7 +47,7 @@ def accumulate(
     at: Progress,
     computing: Callable[[], AbstractContextManager[object]],
     ranks: Ranks = ALONE,
-    layout: Layout = HERE,
+    layout: Layout = LOCAL,
 ) -> Outcome:
     """Add the gradient of a whole step to those there are, part by part.
 

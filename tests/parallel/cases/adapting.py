@@ -15,7 +15,7 @@ from quintet.training.adapting import AdapterSettings, put_on_part
 from quintet.training.config import TrainingConfig
 from quintet.training.joining import held, joined, parallelize
 from quintet.training.optimizers import build_optimizers
-from quintet.training.optimizers.layout import HERE
+from quintet.training.optimizers.layout import LOCAL
 from quintet.training.progress import Progress
 from quintet.training.ranks import Alone, Ranks
 from quintet.training.step import accumulate, take
@@ -73,7 +73,7 @@ def learns(
         assert models[1].num_parameters() < 0.75 * models[0].num_parameters()
     layout = parallelize(models[1], config, ranks, part=folder is not None)
     found = []
-    for model, where, who in zip(models, (HERE, layout), (Alone(), ranks), strict=True):
+    for model, where, who in zip(models, (LOCAL, layout), (Alone(), ranks), strict=True):
         optimizers = build_optimizers(model, config.optimizer, where)
         parts = own(rows_of(0, 4), who)
         outcome = accumulate(

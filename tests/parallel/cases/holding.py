@@ -19,7 +19,7 @@ from quintet.modeling.fresh import new_model
 from quintet.modeling.heads import CausalLMHead
 from quintet.modeling.source import ModelSource
 from quintet.training.joining import held, joined, parallelize
-from quintet.training.optimizers.layout import HERE
+from quintet.training.optimizers.layout import LOCAL
 
 # Of a model that is large enough to be told from what else a process needs.
 SIZES = {
@@ -124,9 +124,9 @@ def peaks(path: Path | None, degrees: dict[str, Any]) -> tuple[float, float]:
                 model = cls.from_pretrained(path)
                 # Weights in a mapped file are there when they are read.
                 size = sum(float(p.detach().sum()) * 0 + p.nbytes for p in model.parameters())
-                layout = HERE
+                layout = LOCAL
             elif where is None:
-                model, layout = new_model(cls, made, torch.float32), HERE
+                model, layout = new_model(cls, made, torch.float32), LOCAL
                 size = sum(p.nbytes for p in model.parameters())
             else:
                 options: Any = {"dtype": "float32", "quantize": None, "overrides": {}}

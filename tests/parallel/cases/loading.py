@@ -19,7 +19,7 @@ from quintet.modeling.loading import NewHeadWarning, Options, load
 from quintet.modeling.source import ModelSource
 from quintet.parallel.apply import shards_of
 from quintet.parallel.placement import table_of
-from quintet.parallel.stages import names_held, stages_to_run
+from quintet.parallel.stages import names_of_process, stages_to_run
 from quintet.parallel.world import World
 from quintet.quantization import Quantized
 from support import relative_error
@@ -76,7 +76,7 @@ def compare_logits(whole: ModelCore, parts: ModelCore, bound: float) -> None:
 
 
 def held_names(whole: ModelCore, here: World) -> frozenset[str]:
-    held = names_held(stages_to_run(whole, here), here)
+    held = names_of_process(stages_to_run(whole, here), here)
     return frozenset(whole.state_dict()) if held is None else held
 
 

@@ -30,7 +30,7 @@ from quintet.training.joining import joined, parallelize
 from quintet.training.objective import Objective
 from quintet.training.objectives import Distillation, LanguageModelling, Preference
 from quintet.training.optimizers import Optimizers, OptimizerSettings, build_optimizers
-from quintet.training.optimizers.layout import HERE, Layout
+from quintet.training.optimizers.layout import LOCAL, Layout
 from quintet.training.parallel import ParallelSettings
 from quintet.training.progress import Progress
 from quintet.training.ranks import Alone, Ranks
@@ -94,7 +94,7 @@ def learned(
     objective: Objective,
     rows: list[Batch],
     ranks: Ranks | None = None,
-    layout: Layout = HERE,
+    layout: Layout = LOCAL,
 ) -> Learned:
     """Return the outcome and the gradients of a step."""
     ranks = ranks or Alone()
@@ -333,7 +333,7 @@ def steps(name: str, degrees: dict[str, Any], count: int, optimizer: dict[str, A
     models = [family(name).model_of().train() for _ in range(2)]
     ranks = joined(config.parallel)
     layout = parallelize(models[1], config, ranks)
-    for model, where, who in zip(models, (HERE, layout), (Alone(), ranks), strict=True):
+    for model, where, who in zip(models, (LOCAL, layout), (Alone(), ranks), strict=True):
         optimizers = build_optimizers(model, config.optimizer, where)
         for step in range(count):
             at = Progress(step, 0, step / count)

@@ -84,7 +84,7 @@ class LogitsProcessorList(list[Any]):
             scores = processor(input_ids, scores, **further)
         return scores
 
-    def asks_for(self, name: str) -> bool:
+    def takes_argument(self, name: str) -> bool:
         """Return whether a processor names an argument after ids and scores."""
         kinds: list[Any] = [type(processor) for processor in self]
         return any(name in _further(kind) for kind in kinds)

@@ -62,7 +62,7 @@ def check_drafting(
         "prompt_lookup_num_tokens": config.prompt_lookup_num_tokens is not None,
         "use_mtp": bool(config.use_mtp),
     }
-    requested = [name for name, is_asked in ways.items() if is_asked]
+    requested = [name for name, is_requested in ways.items() if is_requested]
     if not requested:
         return False
     if len(requested) > 1:

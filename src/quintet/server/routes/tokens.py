@@ -22,7 +22,7 @@ router = APIRouter(tags=["tokens"])
 ROWS = 4
 
 
-class Said(Body):
+class PlainMessage(Body):
     """A message.
 
     Attributes:
@@ -54,7 +54,7 @@ class Tokenize(Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[Said], Field(min_length=1, fail_fast=True)] | None = None
+    messages: Annotated[list[PlainMessage], Field(min_length=1, fail_fast=True)] | None = None
     add_generation_prompt: bool | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None

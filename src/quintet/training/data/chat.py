@@ -14,7 +14,7 @@ from quintet.tokenization.sanitize import sanitised_row
 from quintet.training.data.records import Bad
 from quintet.training.data.samples import Encoded
 from quintet.training.data.settings import DataSettings
-from quintet.training.data.turns import THOUGHT, Message, Turns, Written, apart, check_said
+from quintet.training.data.turns import THOUGHT, Message, Turns, Written, apart, check_written
 from quintet.training.settings import SettingError
 
 # A template that says itself what the model wrote.
@@ -174,7 +174,7 @@ class ChatEncoder:
                 those, tools=tools, chat_template=template, **options, **self._switches
             )
 
-        check_said(messages, write(messages, tokenize=False))
+        check_written(messages, write(messages, tokenize=False))
         safe = {"sanitize_control_tokens": True, "return_dict": True}
         whole = write(messages, return_assistant_tokens_mask=True, **safe)
         ids, learned = list(whole["input_ids"]), list(whole["assistant_masks"])

@@ -97,7 +97,7 @@ class Turns:
             prompt, answer = self._answer(messages, place)
             found.append((len(prompt), len(answer.rstrip()), prompt + answer))
         *earlier, (start, length, whole) = found
-        check_said(messages[: places[-1]], whole)
+        check_written(messages[: places[-1]], whole)
         spans, others = [], []
         for begin, size, text in earlier:
             span = (begin, begin + size)
@@ -129,7 +129,7 @@ class Turns:
                 "ends, so that the model would learn what it is never asked",
             )
         answer = whole[len(prompt) :]
-        check_said([message], answer)
+        check_written([message], answer)
         return prompt, self._closed(message, answer)
 
     def _thought(self, prompt: str, message: Message, upto: list[Message]) -> str:
@@ -174,7 +174,7 @@ def _plain(messages: Sequence[Message]) -> list[Message]:
     return [{k: v for k, v in one.items() if k not in own} for one in messages]
 
 
-def check_said(messages: Sequence[Message], text: str) -> None:
+def check_written(messages: Sequence[Message], text: str) -> None:
     """Refuse a text in which something that was said is missing.
 
     Raises:

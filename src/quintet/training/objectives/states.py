@@ -83,11 +83,13 @@ def states_of(model: CausalLMHead, batch: Batch, *, routed: bool = False, depth:
                 f"{found}; give depth={found}" + ("" if found else ", that is, prediction=None")
             )
     if (sequences := model.sequences) is not None:
-        made = sequences.states(
+        output_states = sequences.states(
             batch.input_ids, batch.seq_idx, batch.attention_mask, depth, routed=routed
         )
         chunks = sequences.chunks(batch.input_ids.shape[1])
-        return States(made.hidden, made.ahead, made.router_logits, chunks)
+        return States(
+            output_states.hidden, output_states.ahead, output_states.router_logits, chunks
+        )
     output = cast(
         "BaseModelOutputWithPast",
         model.base_model(

@@ -11,7 +11,7 @@ from torch import Tensor
 from quintet.modeling.base import PreTrainedModel
 from quintet.training.optimizers.clipping import clip, norm
 from quintet.training.optimizers.groups import Group, grouped, table
-from quintet.training.optimizers.layout import HERE, Layout
+from quintet.training.optimizers.layout import LOCAL, Layout
 from quintet.training.optimizers.masters import Masters
 from quintet.training.optimizers.muon import Muon
 from quintet.training.optimizers.roles import Member
@@ -30,7 +30,7 @@ class Optimizers:
         groups: list[Group],
         masters: Masters,
         settings: OptimizerSettings,
-        layout: Layout = HERE,
+        layout: Layout = LOCAL,
     ) -> None:
         """Take the groups, what is stepped in their place, the settings, and where that lies."""
         self.groups = groups
@@ -69,7 +69,7 @@ class Optimizers:
 
     def _muon(self, tables: list[dict[str, Any]], members: list[Member]) -> Muon:
         momentum, nesterov = self.settings.momentum, self.settings.nesterov
-        if self.layout is HERE:
+        if self.layout is LOCAL:
             return Muon(tables, momentum=momentum, nesterov=nesterov)
         names = {self._masters[member.name]: member.name for member in members}
         return SpreadMuon(tables, names, self.layout, momentum=momentum, nesterov=nesterov)
@@ -196,7 +196,7 @@ class Optimizers:
 
 
 def build_optimizers(
-    model: PreTrainedModel, settings: OptimizerSettings, layout: Layout = HERE
+    model: PreTrainedModel, settings: OptimizerSettings, layout: Layout = LOCAL
 ) -> Optimizers:
     """Build the optimizers of a model from the settings, wherever its weights lie.
 

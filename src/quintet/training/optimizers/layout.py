@@ -79,7 +79,7 @@ class Layout(Protocol):
         ...
 
 
-class Here:
+class LocalLayout:
     """All of it in this process."""
 
     rounds = False
@@ -136,4 +136,4 @@ class Here:
         yield from own
 
 
-HERE = Here()
+LOCAL = LocalLayout()

@@ -17,7 +17,7 @@ Model = TypeVar("Model", bound=ModelCore)
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class LocalPart:
     """A part of a model.
 
     Attributes:

@@ -16,7 +16,7 @@ GGUF = ".gguf"
 
 
 @dataclass(frozen=True, slots=True)
-class Here:
+class LocalModel:
     """A model on this machine.
 
     Attributes:
@@ -48,7 +48,7 @@ def scanned(cache_dir: str | None) -> "HFCacheInfo | None":
         return None
 
 
-def in_cache(cache_dir: str | None) -> Iterator[Here]:
+def in_cache(cache_dir: str | None) -> Iterator[LocalModel]:
     """Yield the models in the hub cache, each revision of each."""
     found = scanned(cache_dir)
     repos = [] if found is None else [repo for repo in found.repos if repo.repo_type == "model"]
@@ -60,7 +60,7 @@ def in_cache(cache_dir: str | None) -> Iterator[Here]:
                 yield from _files(revision.snapshot_path, f"{repo.repo_id}:", named)
             if not config and any(revision.snapshot_path.glob(f"*{GGUF}")):
                 continue
-            yield Here(
+            yield LocalModel(
                 repo.repo_id,
                 named,
                 _family(config),
@@ -71,7 +71,7 @@ def in_cache(cache_dir: str | None) -> Iterator[Here]:
             )
 
 
-def in_folder(name: str) -> Iterator[Here]:
+def in_folder(name: str) -> Iterator[LocalModel]:
     """Yield the model that a folder is, or those in the folders in it.
 
     Raises:
@@ -87,7 +87,7 @@ def in_folder(name: str) -> Iterator[Here]:
             continue
         config = _config(path)
         stats = [file.stat() for file in path.iterdir() if file.is_file()]
-        yield Here(
+        yield LocalModel(
             str(path),
             None,
             _family(config),
@@ -98,7 +98,7 @@ def in_folder(name: str) -> Iterator[Here]:
         )
 
 
-def in_other_programs() -> Iterator[Here]:
+def in_other_programs() -> Iterator[LocalModel]:
     """Yield the models that Ollama keeps, and the small one that a package index has."""
     from quintet.sources import fetch_smollm2, find_gguf, ollama_names
 
@@ -110,7 +110,7 @@ def in_other_programs() -> Iterator[Here]:
         yield _file("smollm2", [fetch_smollm2(local_files_only=True)])
 
 
-def _files(folder: Path, prefix: str, revision: str | None = None) -> Iterator[Here]:
+def _files(folder: Path, prefix: str, revision: str | None = None) -> Iterator[LocalModel]:
     """Yield the models in GGUF in a folder, each named by its file."""
     from quintet.sources import models_among
 
@@ -120,7 +120,7 @@ def _files(folder: Path, prefix: str, revision: str | None = None) -> Iterator[H
             yield _file(f"{prefix}{first}", paths, revision)
 
 
-def _file(name: str, paths: list[Path], revision: str | None = None) -> Here:
+def _file(name: str, paths: list[Path], revision: str | None = None) -> LocalModel:
     from quintet.gguf import config_values, read_gguf
 
     family, talks = None, False
@@ -130,7 +130,7 @@ def _file(name: str, paths: list[Path], revision: str | None = None) -> Here:
         family = config_values(file)["model_type"]
     stats = [path.stat() for path in paths]
     size, used = sum(stat.st_size for stat in stats), max(stat.st_mtime for stat in stats)
-    return Here(name, revision, family, "GGUF", size, used, talks)
+    return LocalModel(name, revision, family, "GGUF", size, used, talks)
 
 
 def _config(folder: Path) -> dict[str, Any]:
