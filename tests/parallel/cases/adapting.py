@@ -13,7 +13,7 @@ from quintet.modeling.heads import CausalLMHead
 from quintet.modeling.source import ModelSource
 from quintet.training.adapting import AdapterSettings, put_on_part
 from quintet.training.config import TrainingConfig
-from quintet.training.joining import held, joined, parallelize
+from quintet.training.joining import joined, local_part, parallelize
 from quintet.training.optimizers import build_optimizers
 from quintet.training.optimizers.layout import LOCAL
 from quintet.training.progress import Progress
@@ -38,7 +38,7 @@ def adds_to_all_scores(path: str) -> bool:
 
 def adapted_part(name: str, folder: Path, config: TrainingConfig, ranks: Ranks) -> CausalLMHead:
     """Return the same as `adapted`, of which only a part is read."""
-    part = held(config, ranks)
+    part = local_part(config, ranks)
     assert part is not None
     assert config.adapter is not None
     cls = family(name).cls("ForCausalLM")

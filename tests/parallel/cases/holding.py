@@ -18,7 +18,7 @@ from quintet.kernels.allocator import MMAP_THRESHOLD, keep
 from quintet.modeling.fresh import new_model
 from quintet.modeling.heads import CausalLMHead
 from quintet.modeling.source import ModelSource
-from quintet.training.joining import held, joined, parallelize
+from quintet.training.joining import joined, local_part, parallelize
 from quintet.training.optimizers.layout import LOCAL
 
 # Of a model that is large enough to be told from what else a process needs.
@@ -45,7 +45,7 @@ def parts(
     made = config_like(path, name)
     kind = torch.float32 if dtype == "float32" else torch.bfloat16
     ranks = joined(config.parallel)
-    own = held(config, ranks)
+    own = local_part(config, ranks)
     assert own is not None
     torch.manual_seed(5)
     if path is None:
@@ -107,7 +107,7 @@ def peaks(path: Path | None, degrees: dict[str, Any]) -> tuple[float, float]:
     """Return the memory at its most while a model is made, over its size: a part's, the whole's."""
     config = config_of(degrees)
     ranks = joined(config.parallel)
-    own = held(config, ranks)
+    own = local_part(config, ranks)
     assert own is not None
     # What divides models takes memory, too, when it is read.
     assert fully_shard
