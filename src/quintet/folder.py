@@ -1,4 +1,4 @@
-"""The files in a model's folder that may be read, and what a folder holds instead of a model."""
+"""The readable files in a model's folder, and the contents of a folder without a model."""
 
 import os
 import stat

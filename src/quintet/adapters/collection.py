@@ -126,7 +126,7 @@ class Adapters:
         self.install(other)
 
     def keep(self, model: nn.Module, names: Collection[str]) -> None:
-        """Take off a model what adapters do to modules, as far as no tensor of it is named."""
+        """Remove adapters from a model's modules, unless a tensor of theirs is named."""
         for path, module in list(model.named_modules()):
             collection = module._modules.get("adapters")
             if not isinstance(collection, nn.ModuleDict):

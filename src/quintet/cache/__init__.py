@@ -1,4 +1,4 @@
-"""Caches: what layers keep between forwards."""
+"""Caches: the memory of layers between forwards."""
 
 from quintet.cache.base import Cache
 from quintet.cache.content import RowContent

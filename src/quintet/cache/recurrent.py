@@ -210,7 +210,7 @@ class RecurrentSlot:
         return self._recorder.start(weights, self.window)
 
     def advance(self, segment: Segment) -> None:
-        """Keep what a kernel recorded of the counted tokens."""
+        """Keep a kernel's recording of the counted tokens."""
         if self._snapshot is not None and self.state is not None:
             recorded = self._recorder.stop(segment, len(self.state))
             self._snapshot.since += [] if recorded is None else [recorded]

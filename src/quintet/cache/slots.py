@@ -83,7 +83,7 @@ class StateSlot(CacheSlot, Protocol):
         ...
 
     def advance(self, segment: Segment) -> None:
-        """Keep what a kernel recorded of the counted tokens."""
+        """Keep a kernel's recording of the counted tokens."""
         ...
 
     def content(self) -> tuple[Tensor, Tensor] | None:

@@ -109,7 +109,7 @@ class StateRows:
         self._buffers.check(content)
 
     def write(self, index: int, content: Sequence[Tensor]) -> None:
-        """Write what `read` returned into a row; zeros for none."""
+        """Write the result of `read` into a row; zeros for none."""
         if content and not self._buffers.whole:
             self._allocate(content)
         for at, buffer in enumerate(self._buffers.whole):

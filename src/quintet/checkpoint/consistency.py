@@ -1,4 +1,4 @@
-"""Consistent reads without a lock: what a save changed meanwhile is read again.
+"""Consistent reads without a lock: files that a save changed meanwhile are read again.
 
 A reader of a directory that it may not write to, or that lies on a network, could hold no lock,
 and a save of minutes should keep nobody from the old checkpoint.

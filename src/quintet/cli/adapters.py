@@ -46,7 +46,7 @@ def _split(text: str) -> tuple[str | None, str]:
 
 
 def facts_of_adapter(name: str, where: dict[str, Any]) -> dict[str, Any]:
-    """Say what an adapter is: of which model, of what rank, and what it changes."""
+    """Describe an adapter: its base model, its rank, and its targets."""
     from quintet.adapters.files import open_adapter
     from quintet.adapters.names import parse
 

@@ -53,7 +53,7 @@ class Answer:
         self._started = time.perf_counter()
 
     def count(self, tokens: int = 1) -> None:
-        """Take note of tokens, before what they say."""
+        """Take note of tokens, before their text."""
         if not self.tokens:
             self.waiting.stop()
             self.reading = time.perf_counter() - self._started

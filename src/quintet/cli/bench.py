@@ -46,7 +46,7 @@ class _Numbers(click.ParamType[tuple[int, ...]]):
 
 
 class _Bench(Beside):
-    """One command, and beside it what measures a server, which takes other options."""
+    """One command, and a second one that measures a server, with other options."""
 
     others = MappingProxyType({"serve": "bench_serve"})
 

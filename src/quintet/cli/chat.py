@@ -135,7 +135,7 @@ def _talk(talk: "_Talk", question: str) -> None:
 
 
 class _Talk:
-    """A conversation with a model: what is typed is a message, or a command to us."""
+    """A conversation with a model: a typed line is a message, or a command to us."""
 
     def __init__(
         self, partner: Partner, conversation: Conversation, reasoning: "Shown", quiet: bool

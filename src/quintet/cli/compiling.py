@@ -1,4 +1,4 @@
-"""The kernels, compiled before a model runs, in sight of who waits for them."""
+"""The kernels, compiled before a model runs, with a note to the waiting user."""
 
 import os
 import sys

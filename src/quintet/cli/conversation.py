@@ -15,7 +15,7 @@ Message = dict[str, str]
 
 @dataclass(slots=True)
 class Conversation:
-    """Messages in turns, and what the system message is when it begins anew."""
+    """Messages in turns, and the system message with which it begins anew."""
 
     system: str | None = None
     messages: list[Message] = field(default_factory=list)
@@ -58,7 +58,7 @@ class Conversation:
         return text
 
     def save(self, path: Path, **about: Any) -> None:
-        """Write the conversation as JSON, with what else is to be known about it.
+        """Write the conversation as JSON, with further facts about it.
 
         Raises:
             SaveError: it could not be written.

@@ -20,7 +20,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def writing_options(command: Command) -> Command:
-    """Add what `convert` and `quantize` share: where from, where to, and in which pieces."""
+    """Add the options that `convert` and `quantize` share: source, target, and shards."""
     for decorate in (
         click.option("--quiet", "-q", is_flag=True, help="Say nothing when it is done."),
         source_options,
@@ -84,7 +84,7 @@ def run(
     calibrate: "Sequence[Tensor]" = (),
     **where: Any,
 ) -> None:
-    """Convert a model and say on standard error what came of it."""
+    """Convert a model and print the result on standard error."""
     from quintet.conversion import convert
 
     locate(model, (*CONFIG_PATTERNS, *TOKENIZER_PATTERNS), **where)

@@ -73,7 +73,7 @@ class Local:
         return most
 
     def describe(self) -> str:
-        """Say in a line what runs, and how tokens are chosen."""
+        """Describe the model and its sampling in a line."""
         config = self._config
         limited = config.max_new_tokens is not None or config.max_length is not None
         most = "" if limited else f", at most {LONGEST_ANSWER:,} tokens an answer"
@@ -146,7 +146,7 @@ class Local:
 def _ids(
     tokenizer: "PreTrainedTokenizer", messages: list[Message], *, add_generation_prompt: bool
 ) -> list[int]:
-    """Return a conversation in ids; what somebody said that spells a control token is text."""
+    """Return a conversation in ids; a message that spells a control token stays text."""
     write = partial(
         tokenizer.apply_chat_template, messages, add_generation_prompt=add_generation_prompt
     )

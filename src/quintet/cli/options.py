@@ -49,7 +49,7 @@ def source_options(command: Command) -> Command:
 
 
 def model_options(command: Command) -> Command:
-    """Add the options that say which model runs where, and what is put on it."""
+    """Add the options of the model, its device, and its adapters."""
     adapter = click.option(
         "--adapter",
         "adapters",
@@ -117,7 +117,7 @@ def sampling_options(command: Callable[..., None]) -> Callable[..., None]:
 
 @contextmanager
 def warnings_as_notes(quiet: bool) -> Iterator[None]:
-    """Show warnings, and what is logged, as one line each on standard error."""
+    """Show warnings and log records as one line each on standard error."""
 
     def show(message: Warning | str, *_: object, **__: object) -> None:
         note(f"warning: {message}", quiet)
@@ -137,7 +137,7 @@ def warnings_as_notes(quiet: bool) -> Iterator[None]:
 
 
 class _Notes(logging.Handler):
-    """Shows what is logged as notes."""
+    """Shows log records as notes."""
 
     def __init__(self, quiet: bool) -> None:
         super().__init__(logging.WARNING)
@@ -170,7 +170,7 @@ class Opened:
         return self.model.world is not None and self.model.world.share[0] > 0
 
     def describe(self) -> str:
-        """Say in a line what runs."""
+        """Describe the model in a line."""
         millions = self.model.num_parameters() / 1e6
         size = f"{millions / 1000:.2f} B" if millions >= 1000 else f"{millions:.1f} M"
         return (
@@ -190,7 +190,7 @@ def devices_of(model: "PreTrainedModel") -> str:
 
 
 def divided(model: "PreTrainedModel") -> str:
-    """Say among how many processes a model is divided, and how, behind what this one has."""
+    """Describe the division of a model among processes, behind this process's part."""
     if model.world is None:
         return ""
     degrees = model.world.degrees
@@ -306,7 +306,7 @@ def open_model(
 
 
 def check_options(options: Mapping[str, Any], words: Iterable[str]) -> None:
-    """Refuse what `choose` would, before a model is loaded for nothing.
+    """Refuse options that `choose` would refuse, before a model is loaded for nothing.
 
     Raises:
         InputError: a word that sets nothing, or an option that breaks a rule.

@@ -39,11 +39,11 @@ class Partner(Protocol):
         ...
 
     def describe(self) -> str:
-        """Say in a line who answers, and how."""
+        """Describe the model and its settings in a line."""
         ...
 
     def answer(self, messages: Sequence[Message], answer: "Answer") -> Outcome:
-        """Answer messages, telling the answer what is made.
+        """Answer messages, and pass the answer's events on.
 
         Raises:
             KeyboardInterrupt: it was interrupted; the answer has what there is.
@@ -51,7 +51,7 @@ class Partner(Protocol):
         ...
 
     def set(self, given: dict[str, Any]) -> str:
-        """Set options, and say in a line which hold; None is what holds without them.
+        """Set options, and describe the options in force; None for the defaults.
 
         Raises:
             InputError: there is no such option, or its value breaks a rule.

@@ -35,7 +35,7 @@ def world_facts(plan: "AnyPlan") -> dict[str, Any]:
 
 
 def other_facts(plan: "AnyPlan", splits: int) -> dict[str, Any]:
-    """Return other splits that fit, splits that are none, and what would fit where none does."""
+    """Return other splits that fit, invalid splits, and remedies if none fits."""
     facts: dict[str, Any] = {}
     others = plan.choices[1 : 1 + splits]
     if others:

@@ -195,7 +195,7 @@ def world_and_device(options: WorldOptions) -> "tuple[World, Device]":
 
 
 def _measured(processes: int) -> "Device":
-    """Measure what each of so many processes has of this machine."""
+    """Measure the share of this machine that each of several processes has."""
     import torch
 
     from quintet.measurement.machine import gemm_peak, read_bandwidth

@@ -45,7 +45,7 @@ class Reading:
         self._snapshots: list[tuple[int, Kept]] = []
 
     def cached_length(self, ids: Sequence[int], config: GenerationConfig) -> int:
-        """Go back to what a prompt begins with, and return how many of its tokens were read."""
+        """Go back to the beginning of a prompt that was read; return its number of tokens."""
         bits = config.cache.bits if config.cache.kind == "quantized" else None
         if not _can_continue(config) or bits != self._bits:
             self._forget()
@@ -58,7 +58,7 @@ class Reading:
     def turn(
         self, ids: Sequence[int], config: GenerationConfig, stable: Callable[[], int]
     ) -> Iterator[Turn]:
-        """Go on with a prompt behind what `held` says; set the turn's `ids` before this ends.
+        """Continue a prompt behind `cached_length`; set the turn's `ids` before this ends.
 
         Args:
             ids: of the prompt.

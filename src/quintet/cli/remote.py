@@ -87,7 +87,7 @@ class Remote:
         return self._models.get(self._model)
 
     def describe(self) -> str:
-        """Say in a line who answers, and how."""
+        """Describe the model and its settings in a line."""
         return f"{self._model} at {self._url}; {self._described()}"
 
     def answer(self, messages: Sequence[Message], answer: Answer) -> Outcome:
@@ -114,7 +114,7 @@ class Remote:
     def complete(
         self, text: str, write: Callable[[str], None]
     ) -> tuple[str | None, dict[str, Any]]:
-        """Continue a text, and return why it ended and how many tokens it took."""
+        """Continue a text, and return the finish reason and the token count."""
         return _run(self._continue(text, write))
 
     def set(self, given: dict[str, Any]) -> str:
@@ -213,7 +213,7 @@ class Remote:
 
     @asynccontextmanager
     async def _ask(self, path: str, body: Any = None) -> AsyncIterator[Reply]:
-        """Ask, and give what is answered unless it is a refusal."""
+        """Send a request, and return the reply unless it is a refusal."""
         async with AsyncExitStack() as stack:
             # Not around what the answer is used for: its output may fail in the same way.
             with _network(self._url):
@@ -226,7 +226,7 @@ class Remote:
 
 @contextmanager
 def _network(url: str) -> Iterator[None]:
-    """Say in words what keeps bytes from coming.
+    """Describe a connection error in words.
 
     Raises:
         ServingError: something does.

@@ -1,4 +1,4 @@
-"""The options of `quintet serve`: whom it answers, how much at once, and what bounds a request."""
+"""The options of `quintet serve`: access, load, and the bounds of a request."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -76,7 +76,7 @@ BOUNDS: tuple[tuple[str, str, click.ParamType[Any], str, str], ...] = (
 
 
 def engine_options(command: Command) -> Command:
-    """Add the options that say how much is done at once."""
+    """Add the options that limit concurrent work."""
     for option in (
         click.option(
             "--kept",
@@ -159,7 +159,7 @@ def engine_options(command: Command) -> Command:
 
 
 def server_options(command: Command) -> Command:
-    """Add the options that say whom the server answers, and what bounds a request."""
+    """Add the options of access, and of the bounds of a request."""
     for flag, field, kind, default, text in reversed(BOUNDS):
         command = click.option(
             flag, field, type=kind, default=default, show_default=True, help=text
@@ -219,7 +219,7 @@ def server_options(command: Command) -> Command:
 
 
 def settings_of(given: dict[str, Any], keys: tuple[str, ...]) -> "Settings":
-    """Take the server's settings out of what a command was given.
+    """Take the server's settings out of a command's options.
 
     Raises:
         InputError: one breaks a rule, or everybody would be answered by mistake.
@@ -233,7 +233,7 @@ def settings_of(given: dict[str, Any], keys: tuple[str, ...]) -> "Settings":
 
 
 def limits_of(given: dict[str, Any], context: int) -> "Limits":
-    """Return the limits of an engine whose model has a context of so many tokens.
+    """Return the limits of an engine whose model has a context of this many tokens.
 
     Raises:
         InputError: one breaks a rule.

@@ -21,7 +21,7 @@ OWN = frozenset(
 
 
 def is_address(name: str | None) -> bool:
-    """Tell whether what stands for a model is the address of a server."""
+    """Return whether a model's name is the address of a server."""
     return name is not None and name.startswith(("http://", "https://"))
 
 

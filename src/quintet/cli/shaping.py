@@ -72,7 +72,7 @@ class Shape:
 
 
 def shape_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the options that say what form an answer is to have; the command gets a `shape`."""
+    """Add the options of an answer's form; the command gets a `shape`."""
 
     @functools.wraps(command)
     def collecting(*, json_schema: str | None, regex: str | None, **given: Any) -> None:

@@ -12,7 +12,7 @@ from quintet.tokenization import PreTrainedTokenizer
 
 
 class Continuation(TextStreamer):
-    """Writes a text and what follows to standard output.
+    """Writes a text and its continuation to standard output.
 
     Args:
         tokenizer: turns ids into text.

@@ -1,4 +1,4 @@
-"""The terminal: what is said beside the result, and what shows that something goes on."""
+"""The terminal: notes beside the result, and signs that work goes on."""
 
 import importlib
 import os
@@ -27,7 +27,7 @@ def can_dim() -> bool:
 
 
 def can_move() -> bool:
-    """Tell whether the terminal takes back what was written."""
+    """Return whether the terminal can erase written text."""
     return os.environ.get("TERM") != "dumb"
 
 
@@ -42,7 +42,7 @@ def width(stream: TextIO | None) -> int | None:
 
 
 def harmless(text: str) -> str:
-    """Return a text of others without what would order a terminal about."""
+    """Return others' text without control sequences."""
     return text.translate(ORDERS)
 
 
@@ -87,7 +87,7 @@ def _folded(text: str) -> str:
 
 
 class Waiting:
-    """Says at a terminal, after a second, what goes on inside of it and for how long.
+    """Shows at a terminal, after a second, the work inside and its duration.
 
     The line is gone where the block ends, or by `stop()`.
 
@@ -138,7 +138,7 @@ class Waiting:
 
 @contextmanager
 def unechoed() -> Iterator[None]:
-    """Keep what is typed meanwhile out of what is shown; it is read when the next line is."""
+    """Hide keys typed meanwhile; they are read with the next line."""
     modes = _modes()
     if modes is None:
         yield

@@ -47,7 +47,7 @@ def begin() -> None:
 
 
 def speak() -> None:
-    """Let this process speak on standard error after all, as who leads a group of its own does."""
+    """Let this process write on standard error after all, as the leader of a group does."""
     sys.stderr = sys.__stderr__
 
 
@@ -74,7 +74,7 @@ def least(number: int) -> int:
 
 
 def last_words(error: QuintetError) -> str | None:
-    """Tell the others why this process ends, and return what is to be said of it, if anything."""
+    """Tell the others why this process ends, and return the message to print, if any."""
     watch = _watch()
     if watch is None:
         return str(error)
@@ -89,7 +89,7 @@ def last_words(error: QuintetError) -> str | None:
 
 
 def wait_for_first() -> "Watch":
-    """Leave it to the first process to end at a signal, which it gets, too; return who notes it."""
+    """Leave the end by a signal to the first process, which gets it, too; return the watch."""
     watch = _watch()
     assert watch is not None, "there is nobody to wait for"
     watch.leave_it_to_others()
@@ -104,7 +104,7 @@ def interrupted() -> None:
 
 
 class Led:
-    """A partner that others have a part of: each is told what this one is asked, and its end.
+    """A partner that others have a part of: each receives its orders, and its end.
 
     Args:
         partner: this process's.
@@ -135,7 +135,7 @@ class Led:
         return self._partner.context
 
     def describe(self) -> str:
-        """Say in a line who answers, and how."""
+        """Describe the model and its settings in a line."""
         return self._partner.describe()
 
     def answer(self, messages: "Sequence[Message]", answer: "Answer") -> "Outcome":
@@ -158,7 +158,7 @@ class Led:
 
 
 def follow(partner: "Partner", *, unread: bool = False) -> None:
-    """Do what the first process's partner is asked, until that one leaves.
+    """Carry out the orders of the first process's partner, until that one leaves.
 
     Ctrl-C ends both: a launcher passes it on to all, and takes it for the end.
 
@@ -205,7 +205,7 @@ def _send(watch: "Watch", value: object) -> None:
 
 
 def _receive(watch: "Watch") -> Any:
-    """Wait for what the first process says next, however long it takes."""
+    """Wait for the first process's next order, however long it takes."""
     from datetime import timedelta
 
     import torch.distributed as dist

@@ -21,7 +21,7 @@ EXAMPLES = ("pretrain", "continue", "sft", "dpo")
 
 
 class _Train(Beside):
-    """One command, and beside it what plots runs, which takes other options."""
+    """One command, and a second one that plots runs, with other options."""
 
     others = MappingProxyType({"plot": "train_plot"})
 
@@ -133,7 +133,7 @@ def is_silent() -> bool:
 
 
 def with_peak(settings: "TrainingConfig") -> "TrainingConfig":
-    """Return settings that know what the machine could do: as they say, or as it is measured."""
+    """Return settings with the machine's peak: as given, or as measured."""
     import torch
 
     from quintet.measurement.machine import gemm_peak

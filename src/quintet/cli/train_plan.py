@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def show_plan(settings: "TrainingConfig") -> None:
-    """Say what a training would be; texts that it reads are kept, encoded, for the training.
+    """Describe a training without running it; the texts it reads stay encoded for the training.
 
     Raises:
         DoesNotFitError: the machine has less memory.

@@ -50,7 +50,7 @@ class Console:
         self.path: Path | None = None
 
     def started(self, beginning: "Beginning") -> None:
-        """Say what is about to run, and what it needs."""
+        """Print the plan of a run, and its memory."""
         from quintet.cli.train_banner import banner
         from quintet.modeling.heads import CausalLMHead
         from quintet.training.metrics import Usage
@@ -82,22 +82,22 @@ class Console:
             self._show(self._line(record))
 
     def evaluated(self, evaluation: "Evaluation") -> None:
-        """Say what was measured."""
+        """Print an evaluation."""
         self._say(f"step {evaluation.step:,}: {measured(evaluation)}")
 
     def sampled(self, sample: "Sample") -> None:
-        """Show what the model wrote."""
+        """Print the model's text."""
         self._say(
             f"step {sample.step:,} writes: {harmless(sample.prompt)} ▸ {harmless(sample.text)}"
         )
 
     def saved(self, saved: "Saved") -> None:
-        """Say where a checkpoint is."""
+        """Print the place of a checkpoint."""
         self.path = saved.path
         self._say(f"saved {saved.path}{', the best so far' if saved.best else ''}")
 
     def warned(self, message: str) -> None:
-        """Say what goes wrong, or is worth knowing."""
+        """Print a warning or a note."""
         self._say(message)
 
     def ended(self, end: "End") -> None:
@@ -163,7 +163,7 @@ class _Clock:
         self._last = (0.0, 0.0)
 
     def tick(self, done: float) -> None:
-        """Hear how much is done; it begins behind the first step, which is slower than others."""
+        """Show the progress; it begins behind the first step, which is slower than others."""
         self._last = (time.monotonic(), done)
         if self._first is None:
             self._first = self._last
@@ -177,7 +177,7 @@ class _Clock:
 
 
 def measured(evaluation: "Evaluation") -> str:
-    """Say in a line what an evaluation found."""
+    """Format an evaluation as a line."""
     cells = []
     if evaluation.bits_per_byte is not None:
         cells.append(f"{evaluation.bits_per_byte:.4f} bits per byte")

@@ -122,7 +122,7 @@ def _class(found: Any, architectures: list[str] | None) -> Any:
 
 
 def _unpack(checkpoint: "Checkpoint | GGUFCheckpoint", found: "Mapping[str, Stored]") -> None:
-    """Look into what is quantised: whether the tensors of a matrix belong together.
+    """Check that the tensors of each quantised matrix belong together.
 
     Raises:
         CheckpointError: those of one do not.

@@ -1,4 +1,4 @@
-"""A configuration as the metadata of a GGUF file: what `quintet.gguf.config` reads, backwards."""
+"""A configuration as the metadata of a GGUF file: the inverse of `quintet.gguf.config`."""
 
 import math
 from collections.abc import Mapping
@@ -44,7 +44,7 @@ _FIXED: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 
 
 def config_metadata(config: PreTrainedConfig) -> dict[str, Value]:
-    """Return the keys that say what a model is.
+    """Return the keys that describe a model.
 
     Raises:
         UnsupportedModelError: llama.cpp has no architecture for it, or would run another model.

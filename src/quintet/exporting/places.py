@@ -17,7 +17,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A tensor of the file, or a slice of it, and what of a release's tensor goes there.
+    """A tensor of the file, or a slice of it, and its source in a release's tensor.
 
     Attributes:
         name: of the file's tensor.

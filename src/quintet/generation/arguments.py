@@ -34,7 +34,7 @@ class _Knowing(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """The arguments of `generate()`, by their names there; None is what was not given."""
+    """The arguments of `generate()` by their names; None for those not given."""
 
     inputs: Tensor | Mapping[str, Tensor] | None = None
     input_ids: Tensor | None = None

@@ -1,4 +1,4 @@
-"""One call of `generate()`: what is decided before anything runs, and the decoding."""
+"""One call of `generate()`: the decisions before anything runs, and the decoding."""
 
 import functools
 from collections.abc import Sequence
@@ -209,7 +209,7 @@ def decide(
 
 
 class Call:
-    """The forwards of a call, and what is chosen of them.
+    """The forwards of a call, and the choice of their tokens.
 
     Args:
         model: what is run.
@@ -235,7 +235,7 @@ class Call:
         self.streamer = given.streamer if self.chooses else None
 
     def run(self) -> Any:
-        """Return what `generate()` returns.
+        """Return the result of `generate()`.
 
         Raises:
             DoesNotFitError: there was not enough memory.
@@ -267,7 +267,7 @@ class Call:
             raise does_not_fit(self.model, rows, tokens, decided.config, own) from short
 
     def decode(self, cache: Cache | None, generators: RowGenerators) -> Any:
-        """Continue all rows together, and return what is asked for of them."""
+        """Continue all rows together, and return the requested values."""
         decided, given = self.decided, self.given
         prompt, copies = decided.prompt, decided.copies
         if decided.search:

@@ -30,7 +30,7 @@ def idle(
     beams: bool,
     returns_dict: bool,
 ) -> Iterator[tuple[str, Any, str]]:
-    """Yield options without effect: name, value, and what they require."""
+    """Yield options without effect: name, value, and requirement."""
     for applies, names, needed in (
         (samples, _SAMPLING, "do_sample=True"),
         (beams, _BEAMS, "num_beams above 1"),

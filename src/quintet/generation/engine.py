@@ -242,7 +242,7 @@ class Engine(EngineRows):
         return [one.ids[before.get(one, len(one.ids)) :] for one in sequences]
 
     def _pace(self, stepping: list[Sequence]) -> None:
-        """Limit drafts to what a step of this many rows can check."""
+        """Limit drafts to the number that a step of this many rows can check."""
         room = room_for_drafts(len(stepping), few_bits=self._few_bits)
         for sequence in stepping:
             drafting = sequence.drafting

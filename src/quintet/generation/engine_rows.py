@@ -136,7 +136,7 @@ class EngineRows:
         del self._placed[sequence]
 
     def _rewind(self, sequence: Sequence) -> None:
-        """Undo in a sequence's row what it is not counted to have computed."""
+        """Crop a sequence's row to the tokens that count as computed."""
         sequence.ahead = None
         row, before = self._placed[sequence], sequence.computed
         sequence.computed = self._rows.rewind(row, before)

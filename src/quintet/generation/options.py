@@ -240,7 +240,7 @@ class Options:
         return [token for token in dict.fromkeys(ids) if token >= 0]
 
     def idle(self, options: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
-        """Yield options without effect: name, value, what they require."""
+        """Yield options without effect: name, value, requirement."""
         return idle(
             options,
             samples=bool(self.do_sample),

@@ -61,7 +61,7 @@ class Speculation:
 
 @dataclass(eq=False)
 class GenerateDecoderOnlyOutput(ModelOutput):
-    """Sequences (B, T + new) and, per step, what was requested.
+    """Sequences (B, T + new) and, per step, the requested values.
 
     Shapes: scores and logits (B, V), after and before the processors; attentions (B, H, T, S) and
     hidden_states (B, T, C) of every layer, T the prompt in the first step and 1 in the others.
@@ -79,7 +79,7 @@ class GenerateDecoderOnlyOutput(ModelOutput):
 
 @dataclass(eq=False)
 class GenerateBeamDecoderOnlyOutput(ModelOutput):
-    """Sequences of a beam search, best first per prompt, and what was requested.
+    """Sequences of a beam search, best first per prompt, and the requested values.
 
     Shapes: sequences (B·returned, T + new); sequences_scores (B·returned,) log-probabilities over
     length to the power of the length penalty; beam_indices (B·returned, new) the row of B·beams
@@ -145,7 +145,7 @@ class Record:
 
     @classmethod
     def of(cls, config: GenerationConfig) -> "Record":
-        """Return a record of what a config asks for."""
+        """Return the record that a config requests."""
         if not config.return_dict_in_generate:
             return cls()
         return cls(

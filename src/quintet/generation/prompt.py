@@ -178,7 +178,7 @@ def _read_positions(positions: Tensor | None, run: Tensor) -> Tensor | None:
 
 
 def _read_mask(mask: Tensor | None, run: Tensor, past: Cache | None) -> tuple[Tensor | None, int]:
-    """Return the mask of the columns to run, and the length of what precedes them."""
+    """Return the mask of the columns to run, and the length of the past before them."""
     if mask is None:
         return None, 0
     if not isinstance(mask, Tensor):

@@ -47,7 +47,7 @@ class Served(Cached, Protocol):
 
 @torch.no_grad()
 def sequence_of(model: Served, inputs: Tensor | abc.Sequence[int], given: Arguments) -> Sequence:
-    """Build the sequence of `Engine.sequence`, of a prompt's ids and what is given beside them."""
+    """Build the sequence of `Engine.sequence` from a prompt's ids and the other arguments."""
     given.check()
     config = plan.configured(model.generation_config, given.generation_config, given.options)
     assistant, assistant_tokenizer = given.assistant_model, given.assistant_tokenizer

@@ -114,7 +114,7 @@ class Rows:
         return self.cache.extract(row, start, stop)
 
     def prediction(self, capacity: int) -> PredictionRows:
-        """Return as many rows for the model's prediction layers."""
+        """Return an equal number of rows for the model's prediction layers."""
         return PredictionRows(cast("MTPModel", self.model), self.count, capacity)
 
     def end(self) -> None:

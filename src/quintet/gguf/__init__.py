@@ -1,4 +1,4 @@
-"""GGUF, the format of llama.cpp: what a file says, checked first. No torch."""
+"""GGUF, the format of llama.cpp: the checked contents of a file. No torch."""
 
 from quintet.gguf.config import config_values
 from quintet.gguf.container import GGUFFile, GGUFTensor, read_gguf, shard_names

@@ -317,7 +317,7 @@ def _groups(fields: Values, experts: int, sigmoid: bool) -> dict[str, Any]:
 
 
 def _dtype(matrices: list[GGUFTensor]) -> str:
-    """Return the dtype of what is no block: float32 where most bytes are, and else bfloat16."""
+    """Return the dtype of plain tensors: float32 if most bytes are, else bfloat16."""
     nbytes = Counter[str]()
     for tensor in matrices:
         nbytes[tensor.type.name] += tensor.nbytes

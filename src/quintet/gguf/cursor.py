@@ -52,7 +52,7 @@ class Cursor:
         return int(self._number("Q", name))
 
     def count(self, name: str, most: int, least_bytes: int) -> int:
-        """Read how many of something follow, each of at least so many bytes."""
+        """Read the number of items that follow, each of at least `least_bytes` bytes."""
         count = self.u64(f"the number of {name}")
         if count > most or count * least_bytes > self.size - self.position:
             self.damaged(
@@ -71,7 +71,7 @@ class Cursor:
         return self._decoded(self.data[begin : self.position], name)
 
     def value(self, key: str) -> Value:
-        """Read the value of a key: its type, and what that says."""
+        """Read the value of a key: its type, and the value of that type."""
         name = shown(key)
         kind = self.u32(f"the type of {name}")
         if kind in _NUMBERS:

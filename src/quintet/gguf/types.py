@@ -1,4 +1,4 @@
-"""The types of a GGUF file's tensors: how many weights share a block, and how many bytes it has."""
+"""The types of a GGUF file's tensors: the weights and bytes per block."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

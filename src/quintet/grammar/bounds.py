@@ -1,4 +1,4 @@
-"""Bounds of what llguidance takes its time for without a limit of its own.
+"""Bounds for llguidance's work where it has no limit of its own.
 
 It makes one expression of all that hold for a text at once, compares all expressions of names in
 pairs, and has a state for each remainder of a division. Each is quick up to a point, and takes

@@ -44,7 +44,7 @@ def continuing_caches(generate: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _taken(model: PreTrainedModel, past: Any, args: tuple[Any, ...], inputs: dict[str, Any]) -> Any:
-    """Copy what is before the new tokens of a forward."""
+    """Copy the cache's content before the new tokens of a forward."""
     ids = args[0] if args else inputs.get("input_ids")
     new: Tensor = inputs["inputs_embeds"] if ids is None else ids
     mask: Tensor | None = args[1] if len(args) > 1 else inputs.get("attention_mask")

@@ -101,7 +101,7 @@ def register_lm_eval() -> type[Any]:
 
         @property
         def config(self) -> Any:
-            """The model's; of what its weights are held in, lm-eval asks Transformers."""
+            """The model's config without its quantization, so that lm-eval looks for none."""
             config = copy.copy(super().config)
             vars(config).pop("quantization_config", None)
             return config

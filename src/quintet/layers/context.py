@@ -19,7 +19,7 @@ from quintet.triton.texts import Texts
 
 
 class Notes:
-    """Collects what layers return besides hidden states, in their order.
+    """Collects the layers' further results beside hidden states, in their order.
 
     Layers return hidden states alone, as those of Transformers do, so that whoever hooks them
     meets the same here.

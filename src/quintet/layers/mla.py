@@ -17,7 +17,7 @@ from quintet.sharding import WHOLE, Section, Sharding, columns, rows
 
 
 class Latents(PlainModule):
-    """Passes on what all heads share: the point where tensors split into heads."""
+    """Passes on the values that all heads share, where tensors split into heads."""
 
     def forward(self, c_kv: Tensor, k_pe: Tensor) -> tuple[Tensor, Tensor]:
         """Return the latent (B, 1, T, R) and the rotated key (B, 1, T, Dr) unchanged."""

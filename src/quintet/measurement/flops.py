@@ -52,7 +52,7 @@ class TrainingFlops:
 
 
 def attention_flops(config: PreTrainedConfig, seen: float) -> float:
-    """Return the operations beside the weights of a token that sees so many, forward."""
+    """Return the attention operations of a token that sees this many, forward."""
     # A row of 2n - 1 tokens has its tokens see n on average.
     return sum(_beside(config, max(1, round(2 * seen - 1)), False))
 

@@ -135,7 +135,7 @@ def _processor_times() -> tuple[float, float, float] | None:
 
 
 def _fastest(run: Callable[[], object], budget: float) -> float:
-    """Return the seconds of the fastest run, of at least two and as many as `budget` allows."""
+    """Return the seconds of the fastest run, of two or more within `budget`."""
     seconds: list[float] = []
     while len(seconds) < 2 or sum(seconds) < budget:
         started = time.perf_counter()

@@ -77,7 +77,7 @@ class ExpertLoads:
         return balance_metrics([load for _, load in self._seen()])
 
     def clear(self) -> None:
-        """Forget what was counted."""
+        """Reset the counts."""
         self._counts.clear()
 
     def close(self) -> None:

@@ -22,7 +22,7 @@ from quintet.triton.texts import Texts
 
 
 def dispatch_model(model: ModelCore, placement: Placement, parts: Sequence[ModelPart]) -> None:
-    """Move what the checkpoint did not fill, and hook the model to run on its devices."""
+    """Move tensors that the checkpoint did not fill, and hook the model to run on its devices."""
     if not placement.several:
         model.to(placement.device_of(""))
         return

@@ -133,7 +133,7 @@ def _described(value: object) -> str:
 
 
 def check_past(cache: Cache, mask: Tensor | None, B: int, T: int) -> None:
-    """Check that a mask of past and new tokens covers what the cache holds.
+    """Check that a mask of past and new tokens covers the cache.
 
     Raises:
         InputError: it does not.

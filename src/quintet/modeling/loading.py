@@ -101,7 +101,7 @@ def load(
     overrides: Mapping[str, Any],
     options: Options,
 ) -> tuple[Model, dict[str, Any]]:
-    """Load a model of class `cls` and report what did not fit; see `from_pretrained`."""
+    """Load a model of class `cls` and report mismatches; see `from_pretrained`."""
     # Weights that are made in inference mode could not be trained, ever.
     with torch.inference_mode(False):
         try:

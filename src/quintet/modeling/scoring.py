@@ -61,7 +61,7 @@ class WholeHead(ScoredHead):
         return self.head(hidden)  # type: ignore[no-any-return]
 
     def sums(self, hidden: Tensor, labels: Tensor, *, mean: bool = False) -> LogitSums:
-        """Compute what losses need; see `ScoredHead.sums`."""
+        """Compute the statistics for losses; see `ScoredHead.sums`."""
         logits = self.logits(hidden)
         check_classes(labels, logits.shape[-1])
         labels = labels.to(logits.device, torch.long)
@@ -84,10 +84,10 @@ class HeadInParts(ScoredHead):
 
     @abstractmethod
     def sums_of(self, hidden: Tensor, ids: Tensor, mean: bool) -> LogitSums:
-        """Compute what losses need, from states (N, C) and ids (N,)."""
+        """Compute the statistics for losses, from states (N, C) and ids (N,)."""
 
     def sums(self, hidden: Tensor, labels: Tensor, *, mean: bool = False) -> LogitSums:
-        """Compute what losses need; see `ScoredHead.sums`."""
+        """Compute the statistics for losses; see `ScoredHead.sums`."""
         check_classes(labels, self.size)
         labels = labels.to(hidden.device, torch.long)
         rows, ids = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)

@@ -72,7 +72,7 @@ class Others(Protocol):
 
 
 def logit_sums(logits: Tensor, ids: Tensor, *, mean: bool = False) -> LogitSums:
-    """Compute what losses need from logits (..., V) and ids (...); the definition."""
+    """Compute the statistics for losses from logits (..., V) and ids (...); the definition."""
     logits = logits.to(torch.float32)
     log_sum = logits.logsumexp(dim=-1)
     log_prob = F.log_softmax(logits, dim=-1).gather(-1, ids[..., None])[..., 0]

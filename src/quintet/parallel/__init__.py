@@ -1,1 +1,1 @@
-"""One model on several processes: who has which part, and what passes between them."""
+"""One model on several processes: their parts, and their communication."""

@@ -99,7 +99,7 @@ class Agreement:
         return x if self.decides else on_host.to(x.device)
 
     def _pass_on(self, x: Tensor) -> None:
-        """Let x be in all what it is in the process that decides."""
+        """Copy x from the deciding process to all, in place."""
         if self._posts is not None:
             self._posts.pass_on(x)
             return
@@ -162,7 +162,7 @@ class Agreement:
 
     @contextmanager
     def ahead(self) -> Iterator[None]:
-        """Let who decides go on inside, and the others be told when they get to where they ask."""
+        """Let the deciding process run ahead inside; the others get its messages when they ask."""
         self._posts = posts = Posts(self.group)
         try:
             yield
@@ -257,7 +257,7 @@ def _fields_of(value: object) -> Mapping[str, object] | None:
 
 
 def _briefly(given: Mapping[str, object], prefix: str = "") -> dict[str, str]:
-    """Say in a few words what each is, the items of tables by themselves."""
+    """Describe each value in a few words, the items of tables by themselves."""
     found: dict[str, str] = {}
     for name, value in given.items():
         items = value if isinstance(value, Mapping) else _fields_of(value)

@@ -42,7 +42,7 @@ def shards_of(model: nn.Module, sharding: Sharding, world: World) -> dict[str, S
 
 
 def cut(model: nn.Module, shards: dict[str, Shard]) -> None:
-    """Keep of each tensor of a whole model what this process has; without memory as with it."""
+    """Cut a whole model to this process's part; without memory as with it."""
     # What several share under several names stays one.
     own: dict[int, Tensor] = {}
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -66,7 +66,7 @@ def cut(model: nn.Module, shards: dict[str, Shard]) -> None:
 
 
 def connect(model: nn.Module, sharding: Sharding, world: World) -> None:
-    """Hook into a model that was cut what passes between the processes."""
+    """Install the communication hooks of a cut model."""
     connect_experts(model, sharding, world)
     group = world.groups.get("tp")
     if group is None:
@@ -89,7 +89,7 @@ def connect(model: nn.Module, sharding: Sharding, world: World) -> None:
 def divide(
     model: nn.Module, world: World, sliced: Sliced | None = None, table: Sharding | None = None
 ) -> tuple[Sharding, dict[str, Shard]]:
-    """Keep of a whole model what this process has; return the table, and what that is by names.
+    """Cut a whole model to this process's part; return the table, and the shards by name.
 
     Args:
         model: the whole, with or without memory.

@@ -72,7 +72,7 @@ class Chunks:
         return chunks[:, [self.index, 2 * self.count - 1 - self.index]]
 
     def summed(self, x: Tensor) -> Tensor:
-        """Return the sum of what all processes have of their own tokens, which learns nothing."""
+        """Return the sum of all processes' values for their own tokens, without gradients."""
         total = x.detach().clone()
         dist.all_reduce(total, group=self.group)
         return total

@@ -1,4 +1,4 @@
-"""Among how many processes what of a model is divided: as asked for, or as far as it goes."""
+"""The division of a model among processes: as requested, or as far as it goes."""
 
 import difflib
 from collections.abc import Mapping, Sequence
@@ -31,7 +31,7 @@ REFUSED = {
 
 @dataclass(frozen=True, slots=True)
 class DistributedConfig:
-    """Among how many processes what of a model is divided, by the names Transformers has for it.
+    """The requested division of a model among processes, by Transformers' names.
 
     Without any size the model is divided as far as its heads, blocks and experts allow.
 
@@ -190,7 +190,7 @@ def _of_mesh(mesh: DeviceMesh) -> DistributedConfig:
 
 
 def degrees_for(model: nn.Module, config: DistributedConfig, count: int) -> Degrees:
-    """Return among how many of `count` processes what of a model is divided.
+    """Return the degrees by which `count` processes divide a model.
 
     Args:
         model: whole; it needs no memory.

@@ -1,4 +1,4 @@
-"""Experts on several processes: each runs its own, and what all make adds up.
+"""Experts on several processes: each runs its own, and the results are summed.
 
 Processes that have the same tokens need to send none: each runs what of its own experts is asked
 for, and the sum that is due behind the block adds up (`OwnExperts`). Where processes have tokens of
@@ -22,7 +22,7 @@ Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def connect_experts(model: nn.Module, sharding: Sharding, world: World) -> None:
-    """Let stacks of experts that were cut run what is here, and find the rest elsewhere."""
+    """Let cut stacks of experts run their own, and exchange tokens for the rest."""
     if world.degrees.ep == 1:
         return
     apart = world.degrees.ep > world.degrees.tp
@@ -132,7 +132,7 @@ class OwnExperts:
         return self.run(rows, own, rows.new_ones(len(rows)))
 
     def __call__(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-        """Sum what the own experts among `indices` (N, A) make of tokens (N, C), by their weights.
+        """Sum the own experts' outputs for tokens (N, C), by `indices` (N, A) and their weights.
 
         Zeros where a token has none here: the sum over the processes is the sum over all experts.
         """
@@ -168,7 +168,7 @@ class Exchange:
         return replace(self, own_experts=self.own_experts.through(inner))
 
     def __call__(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-        """Sum what experts `indices` (N, A) make of tokens (N, C), by their weights.
+        """Sum the outputs of experts `indices` (N, A) for tokens (N, C), by their weights.
 
         Zeros for the tokens that another process along tp sends.
         """

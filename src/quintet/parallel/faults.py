@@ -148,7 +148,7 @@ class Watch:
                     os.kill(process.pid, signal.SIGCONT)
 
     def say(self, found: BaseException) -> None:
-        """Write on standard error who failed, once on a machine."""
+        """Write the failed process on standard error, once on a machine."""
         _tell_launcher(str(found))
         self._print_once(f"error: {found}")
 
@@ -300,7 +300,7 @@ def last_words(error: BaseException) -> BaseException | None:
 
 @contextmanager
 def collective() -> Iterator[None]:
-    """Let what fails within for the sake of another process say which one that is.
+    """Attribute a failure inside to the other process that caused it.
 
     Raises:
         RankFailedError: another process failed, is gone, or did not come.
@@ -349,7 +349,7 @@ def _place_of_thread(ident: int | None) -> tuple[str, bool]:
 
 
 def _tell_launcher(text: str) -> None:
-    """Write what torchrun shows of the process that failed first."""
+    """Write the failed process's error where torchrun shows it."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path and not os.path.exists(path):
         with suppress(OSError):

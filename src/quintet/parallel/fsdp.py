@@ -45,7 +45,7 @@ def divide(
     sliced: Mapping[str, tuple[int, ...]] = NONE,
     whole: frozenset[str] = frozenset(),
 ) -> Root:
-    """Leave of each parameter a slice to this process, and return what the model is run through.
+    """Cut each parameter to this process's slice, and return the module that runs the model.
 
     Each layer is gathered by itself, its experts too; modules that several layers share, once and
     then kept; what lies outside of layers, as embedding, norm and head, from the forward to the end
@@ -120,7 +120,7 @@ def _ready(root: Root, own: Mapping[str, Tensor]) -> Root:
 
 
 def _set_aside(model: nn.Module, sliced: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """Take slices out of a model, and leave what they are of, without memory, in their places."""
+    """Take slices out of a model, and leave their parameters without memory in place."""
     parameters = {name: p for name, p in model.named_parameters() if name in sliced}
     wholes = {
         p: nn.Parameter(

@@ -1,4 +1,4 @@
-"""Gradients of what several processes have in common, of which each finds a part."""
+"""Sums of the partial gradients of parameters that several processes share."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -11,7 +11,7 @@ from quintet.parallel.placement import Common, Shard
 
 @torch.no_grad()
 def sum_partial(model: nn.Module, shards: Mapping[str, Shard], group: dist.ProcessGroup) -> None:
-    """Add up the gradients of what processes along tp have in common; once a step, before clipping.
+    """Sum the gradients of parameters shared along tp; once a step, before clipping.
 
     These are heads, groups and experts' maps that more than one process computes with. What a
     process has zeros in place of learns nothing.
@@ -24,7 +24,7 @@ def sum_partial(model: nn.Module, shards: Mapping[str, Shard], group: dist.Proce
 
 @torch.no_grad()
 def sum_common(found: Sequence[tuple[Tensor, Common]], group: dist.ProcessGroup) -> None:
-    """Add up, in place, what processes along tp have of the same units."""
+    """Sum in place the gradients of units that several processes along tp have."""
     for dtype in dict.fromkeys(part.dtype for part, _ in found):
         parts = [(part, common) for part, common in found if part.dtype == dtype]
         # A place for each unit: all add up at once, and each process reads its own.

@@ -245,7 +245,7 @@ def _meet(launch: Launch, seconds: float, device: torch.device) -> None:
 
 
 def _call_roll(store: Store, launch: Launch, seconds: float) -> None:
-    """Wait until all are there, and agree on how many these are."""
+    """Wait until all processes are there, and agree on their number."""
     own = json.dumps({"size": launch.size, "rank": launch.rank})
     first = json.loads(store.compare_set("first", "", own))
     if first["size"] != launch.size:
@@ -292,7 +292,7 @@ def _waited(store: Store, launch: Launch, seconds: float) -> DistributedError | 
 
 
 def _introduced(store: Store, rank: int, size: int) -> dict[int, Process]:
-    """Tell the others who this process is, and return who all are."""
+    """Announce this process to the others, and return all of them."""
     store.set(f"who/{rank}", json.dumps(asdict(Process(socket.gethostname(), os.getpid()))))
     return {r: Process(**json.loads(store.get(f"who/{r}"))) for r in range(size)}
 

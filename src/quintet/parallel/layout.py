@@ -83,7 +83,7 @@ class Parts:
         return parts
 
     def whole(self, name: str, part: Tensor) -> Tensor:
-        """Return the whole of what each has a part of."""
+        """Return the whole tensor of which each process has a part."""
         own, axis = self.own[name], "ep" if name in self.apart else "tp"
         of_all = [shards[name] for shards in self._all[axis]]
         if all(shard.whole for shard in of_all):
@@ -174,7 +174,7 @@ class ParallelLayout:
         return found
 
     def learn(self, parts: Sequence[Callable[[], Tensor | None]], sizes: Sequence[int]) -> None:
-        """Add to the gradients what parts of a step come to, as far as it is found here.
+        """Accumulate the gradients of a step's parts, those found in this process.
 
         Where processes have other layers, all their parts have to be of the same sizes.
         """
@@ -214,7 +214,7 @@ class ParallelLayout:
 
     @torch.no_grad()
     def add_up(self, gradients: Mapping[str, Tensor]) -> None:
-        """Add up the gradients of what several processes have, as far as FSDP did not."""
+        """Sum the gradients of tensors that several processes have, as far as FSDP did not."""
         summed: dict[tuple[str, ...], list[Tensor]] = {}
         for name, x in gradients.items():
             summed.setdefault(self._unsummed(name), []).append(x)
@@ -274,7 +274,7 @@ class ParallelLayout:
         return list(add_up(total, self.world, ("pp",)).sqrt().float())
 
     def _over_all(self, sums: Tensor, rows: str, parts: str) -> Tensor:
-        """Add up sums (2, n) of slices and others, over who has other rows, and other parts."""
+        """Sum (2, n) values of slices and others over processes with other rows and parts."""
         return add_up(add_up(sums[0], self.world, (rows,)) + sums[1], self.world, (parts,))
 
     def apart(self, name: str, tensor: Tensor) -> bool:
@@ -307,11 +307,11 @@ class ParallelLayout:
         return own_rows(self._rows[name], self._axis(name), self.world)
 
     def _axis(self, name: str) -> str:
-        """Return along what a parameter's rows are divided."""
+        """Return the axis that a parameter's rows are divided along."""
         return "copies" if name in self._apart else "fsdp"
 
     def _common(self, name: str) -> list[Common]:
-        """Return the stretches of what this process has that others along tp have, too."""
+        """Return the ranges of this process's part that others along tp have, too."""
         found = []
         assert self.parts is not None
         for one in self.parts.own[name].common:

@@ -85,7 +85,7 @@ class Lockstep:
     # -- at a block --------------------------------------------------------------------------------
 
     def at(self, number: int, counts: Tensor, x: Tensor) -> Meeting:
-        """Wait until it is this block's turn, and do what others ask for before.
+        """Wait until it is this block's turn, and serve the others' requests before.
 
         Args:
             number: the block's.
@@ -110,7 +110,7 @@ class Lockstep:
             self._serve(meeting)
 
     def pass_on(self, meeting: Meeting, rows: Tensor, block: Block) -> Tensor:
-        """Send rows (N, C) to where their experts are, run what is sent here, and return them.
+        """Send rows (N, C) to their experts' processes, run those received, and return the results.
 
         What fails here is raised when the others have got something back: they go on.
         """
@@ -164,7 +164,7 @@ class Lockstep:
     # -- at none -----------------------------------------------------------------------------------
 
     def attend(self) -> bool:
-        """Do what is asked for at one block, with nothing to run; return whether anything was.
+        """Serve requests at one block, with nothing to run; return whether there were any.
 
         Raises:
             RankFailedError: another process failed.
@@ -176,7 +176,7 @@ class Lockstep:
         return meeting is not None
 
     def leave(self) -> None:
-        """Do what is asked for until all are done.
+        """Serve requests until all processes are done.
 
         Raises:
             RankFailedError: another process failed.
@@ -190,7 +190,7 @@ class Lockstep:
 
     @contextmanager
     def until_all_are_done(self, agreement: Agreement | None) -> Iterator[None]:
-        """Leave at the end of the context, as all do; what fails in one process ends all.
+        """Leave at the end of the context, as all do; a failure in one process ends all.
 
         Args:
             agreement: of the processes that have the same texts, if these are several.
@@ -217,7 +217,7 @@ class Lockstep:
             self._interrupts.take()
 
     def fail(self, error: BaseException, place: int = FAILED) -> None:
-        """Let the others end, too, unless they have, or wait for what will not come."""
+        """Let the others end, too, unless they have, or wait for a message that will not come."""
         if self._over:
             return
         self._why = f"{type(error).__name__}: {error}"

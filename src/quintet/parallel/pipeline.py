@@ -58,7 +58,7 @@ class Pipeline:
         self._check()
 
     def run(self, forward: Callable[[int], Tensor | None], sizes: Sequence[int]) -> None:
-        """Add to the gradients what parts of a step come to; `add_up` ends the step.
+        """Accumulate the gradients of a step's parts; `add_up` ends the step.
 
         Args:
             forward: runs the model over a part, by its number, and returns what the stage that
@@ -141,7 +141,7 @@ class Pipeline:
             )
 
     def _schedule(self, parts: int, most: int) -> "_Built":
-        """Return the schedule of so many parts of at most so many tokens."""
+        """Return the schedule of this many parts of at most `most` tokens."""
         if self._built is None or self._built[0] != (parts, most):
             self._built = ((parts, most), self._make(parts, most))
         found: _Built = self._built[1]
@@ -231,7 +231,7 @@ class _Part(nn.Module):
         self.model, self.stage, self.index, self.most = model, stage, index, most
 
     def forward(self, states: Tensor, number: Tensor) -> Tensor:
-        """Map states (most, C) to those of the next stage, or of the last to what is minimised."""
+        """Map states (most, C) to those of the next stage, or in the last one to the objective."""
         stage = self.stage
         stage.active = self.index
         with stage.between(None if stage.first else states):

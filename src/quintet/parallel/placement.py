@@ -63,7 +63,7 @@ class Shard:
 
     @property
     def local_shape(self) -> tuple[int, ...]:
-        """The shape of what the process has."""
+        """The shape of the process's part."""
         return tuple(
             sum(end - start for start, end in self.ranges[dim]) if dim in self.ranges else size
             for dim, size in enumerate(self.shape)
@@ -126,7 +126,7 @@ class Shard:
         return Shard(shape, ranges, self.zero), (own, slice(first, last))
 
     def put(self, whole: Tensor, part: Tensor) -> None:
-        """Write what the process has into a whole tensor."""
+        """Write the process's part into a whole tensor."""
         if self.zero:
             return
         for source, target in self._blocks():
@@ -145,7 +145,7 @@ class Shard:
 
 
 def table_of(model: nn.Module) -> Sharding:
-    """Join what the modules of a model say; of two that speak of one parameter, the outer one.
+    """Join the tables of a model's modules; for one parameter, the outer module's holds.
 
     What several share has the first of its names.
     """
@@ -229,7 +229,7 @@ def place(names: Mapping[str, tuple[int, ...]], sharding: Sharding, at: Place) -
 
 
 def check_cut(shards: Mapping[str, Shard]) -> None:
-    """Check that a model is cut by what its layers say, and does not lie whole on every process.
+    """Check that a model is cut by its layers' tables, and is not whole on every process.
 
     Raises:
         InputError: more than a tenth of its numbers do.

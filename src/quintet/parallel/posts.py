@@ -22,7 +22,7 @@ class Posts:
     _underway: deque[tuple[dist.Work, Tensor]] = field(default_factory=deque, repr=False)
 
     def pass_on(self, x: Tensor) -> None:
-        """Let x be in all what it is in the first process, which must not change it any more."""
+        """Send x to all processes from the first, which must not change it any more."""
         if dist.get_rank(self.group):
             dist.recv(x, group=self.group, group_src=0)
             return

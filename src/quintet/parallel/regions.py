@@ -44,7 +44,7 @@ def gathered(x: Tensor, group: dist.ProcessGroup, *, widths: list[int], dim: int
 
 
 def entered(x: Tensor, group: dist.ProcessGroup, *, widths: list[int], dim: int = -1) -> Tensor:
-    """Join as `gathered` does what each process uses a part of: backward comes a part of the sum.
+    """Join parts as `gathered` does, for a partial use; the gradient is a part of the sum.
 
     That is f of what is gathered; with `scattered`, what f and g are where tokens are divided
     (arXiv:2205.05198, §4.2.2).

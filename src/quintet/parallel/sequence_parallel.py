@@ -1,4 +1,4 @@
-"""Sequence parallelism: what goes token by token is computed for a slice of the tokens.
+"""Sequence parallelism: token-wise computation runs on a slice of the tokens.
 
 Between the regions in which each process computes a part of a matrix, residuals and norms are the
 same on all of them. There each process takes its slice of the tokens (arXiv:2205.05198, §4.2.2):
@@ -42,7 +42,7 @@ class Slices:
         self._tokens = 0
 
     def begin(self, tokens: int) -> None:
-        """Note how many tokens the forward that begins is of."""
+        """Note the number of tokens of the forward that begins."""
         self._tokens = tokens
 
     def cut(self, x: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ class Slices:
         return entered(x, self.group, widths=widths(self._tokens, self.count), dim=1)
 
     def left(self, x: Tensor) -> Tensor:
-        """Return this process's slice of the sum of what all made, (B, T, ...)."""
+        """Return this process's slice of the sum of all partial results, (B, T, ...)."""
         return scattered(x, self.group, widths=widths(self._tokens, self.count), dim=1)
 
     @torch.no_grad()
@@ -143,7 +143,7 @@ def _regions(
 
 @dataclass(frozen=True, slots=True)
 class _Begin(Idle):
-    """A hook that cuts what the first layer is given."""
+    """A hook that slices the input of the first layer."""
 
     slices: Slices
 
@@ -177,7 +177,7 @@ class _Enter(Idle):
 
 @dataclass(frozen=True, slots=True)
 class _Leave(Idle):
-    """A hook that cuts what a region made, and all have."""
+    """A hook that slices a region's output, which all processes have."""
 
     slices: Slices
 
@@ -187,7 +187,7 @@ class _Leave(Idle):
 
 @dataclass(frozen=True, slots=True)
 class _LeaveParts(Summing):
-    """A hook that adds up what a region made, of which each has a part, and leaves a slice."""
+    """A hook that sums a region's partial outputs, and leaves a slice."""
 
     slices: Slices
 

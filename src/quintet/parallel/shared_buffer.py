@@ -33,7 +33,7 @@ def shared_buffer_of(group: dist.ProcessGroup) -> SharedBuffer | None:
 
 
 def sum_in_place(x: Tensor, group: dist.ProcessGroup) -> None:
-    """Add up what all processes of a group have.
+    """Sum the tensors of all processes of a group.
 
     Raises:
         RankFailedError: one of them has ended, or did not come in time.
@@ -114,6 +114,6 @@ def _path(name: bytes) -> Path:
 
 
 def _patience(group: dist.ProcessGroup) -> float:
-    """Return for how many seconds messages of a group wait."""
+    """Return the timeout of a group's messages in seconds."""
     backend: Any = group._get_backend(torch.device("cpu"))
     return float(backend.options._timeout.total_seconds())

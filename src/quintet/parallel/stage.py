@@ -37,7 +37,7 @@ class Link:
         finalize(self, _drain, self.underway)
 
     def receive(self, like: Tensor) -> Tensor:
-        """Return the states that the stage before made, of the shape of what is given."""
+        """Receive the previous stage's states, of the shape of `like`."""
         states = torch.empty(like.shape, dtype=like.dtype, device=like.device)
         dist.recv(states, group=self.group, group_src=self.before)
         return states
@@ -124,7 +124,7 @@ def take_away(model: nn.Module, names: frozenset[str] | None) -> None:
 
 
 def leave_out(model: nn.Module, stages: Stages, world: World) -> Stage:
-    """Take away what other stages have, and let states pass from stage to stage.
+    """Drop the other stages' layers, and let states pass from stage to stage.
 
     That is the last that is done to a model: its weights are in place, and its hooks.
     """
@@ -248,7 +248,7 @@ def _drain(underway: "deque[tuple[dist.Work, Tensor]]") -> None:
 
 
 def _replace(module: nn.Module, forward: Any) -> None:
-    """Let a module do something else; hooks of its own are of what it did."""
+    """Replace a module's forward; its own hooks refer to the old one."""
     vars(module)["forward"] = forward
     module._forward_hooks.clear()
     module._forward_pre_hooks.clear()

@@ -1,4 +1,4 @@
-"""From what processes say when one of them fails to the one that is to blame; pure."""
+"""The process to blame, from the words of each when one of them fails; pure."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass

@@ -17,7 +17,7 @@ DENSE = ("pp", "dp", "fsdp", "cp", "tp")
 
 @dataclass(frozen=True, slots=True)
 class Degrees:
-    """Among how many processes what is divided; their product is the number of processes.
+    """The degrees of a division; their product is the number of processes.
 
     Attributes:
         tp: the matrices of layers.

@@ -150,7 +150,7 @@ class StreamParser:
         return following in ("{", "`")
 
     def _call(self, written: Format, opener: str) -> Steps[bool]:
-        """Read what follows a marker; return whether it was a call."""
+        """Read the text behind a marker; return whether it was a call."""
         self._source.record(opener)
         section, opening = written.opens[0], written.opens[-1]
         if written.style == "header" and opener == self._marks.sign(section):

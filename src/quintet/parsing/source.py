@@ -29,7 +29,7 @@ class Source:
         self.at = 0
 
     def record(self, read: str = "") -> None:
-        """Start recording what is read."""
+        """Start recording the text that is read."""
         self._record = [read]
 
     def recorded(self) -> str:

@@ -238,7 +238,7 @@ class TextGenerationPipeline(Pipeline):
     def postprocess(
         self, parts: Sequence[Prompt], outputs: list[Output], options: Options
     ) -> list[dict[str, Any]]:
-        """Return a text, a chat or ids for each sequence, and what else was asked for of it."""
+        """Return a text, a chat or ids for each sequence, and its requested extras."""
         ((part, output),) = zip(parts, outputs, strict=True)
         prompt = output.prompt
         others = {name: rows.tolist() for name, rows in output.rows.items() if name != "sequences"}
@@ -292,7 +292,7 @@ class TextGenerationPipeline(Pipeline):
         return {"truncation": options.truncation, "max_length": longest}
 
     def _config(self, prompt: int, options: Options) -> GenerationConfig:
-        """Return the generation config, with a pipeline's defaults for what nobody sets."""
+        """Return the generation config, with a pipeline's defaults for unset options."""
         config = self.model.generation_config
         if options.generation_config is not None:
             config = options.generation_config.over(config)

@@ -73,7 +73,7 @@ class Entity:
 
     @property
     def tag(self) -> str:
-        """The label without what says begin or inside."""
+        """The label without its mark of beginning or inside."""
         return self.label[2:] if self.label.startswith(("B-", "I-")) else self.label
 
 
@@ -259,7 +259,7 @@ def _as_token(entity: Entity) -> dict[str, Any]:
 
 
 def _without_overlaps(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Keep the longest of what windows found at one place, the surest of the longest."""
+    """Keep the longest of the windows' spans at one place, the surest of the longest."""
     chosen: list[dict[str, Any]] = []
     for one in sorted(found, key=lambda one: one["start"]):
         if not chosen or one["start"] >= chosen[-1]["end"]:

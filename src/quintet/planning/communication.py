@@ -47,12 +47,12 @@ class Network:
         return nbytes * (count - 1) / count / link.bandwidth + link.latency
 
     def send(self, nbytes: float, distance: int) -> float:
-        """Return the seconds until a rank so many ranks further has `nbytes`."""
+        """Return the seconds until a rank this many ranks further has `nbytes`."""
         link = self._link(distance + 1)
         return nbytes / link.bandwidth + link.latency
 
     def _levels(self, count: int) -> tuple[int, int]:
-        """Return how many of `count` adjacent ranks are in a node, and the number of nodes."""
+        """Return the number of `count` adjacent ranks in a node, and the number of nodes."""
         inside = min(count, self.world.per_node)
         return inside, -(-count // inside)
 

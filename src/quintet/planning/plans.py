@@ -1,4 +1,4 @@
-"""The split to use, the others that fit, or why none does and what would."""
+"""The split to use and the others that fit, or the reason why none does, and remedies."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,7 +30,7 @@ MOST_NODES = 64
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A split to generate by, and what it takes.
+    """A split to generate by, with its memory and pace.
 
     Attributes:
         split: the split.
@@ -63,7 +63,7 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class TrainingChoice:
-    """A split to train by, and what it takes; as a `Choice`, with the pace of a step."""
+    """A split to train by, with its memory; as a `Choice`, with the pace of a step."""
 
     split: Split
     memory: TrainingFootprint

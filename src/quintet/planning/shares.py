@@ -1,4 +1,4 @@
-"""The share of one device of a split: what it holds and multiplies with, by stage."""
+"""The share of one device of a split: its weights and products, by stage."""
 
 import math
 from collections import Counter
@@ -135,7 +135,7 @@ class Model:
         return self.active / self.experts if weight.kind == ROUTED else 1.0
 
     def hit(self, tokens: float) -> float:
-        """Return the share of the experts that so many tokens are sent to, if evenly."""
+        """Return the share of the experts that this many tokens are sent to, if evenly."""
         if not self.experts:
             return 0.0
         return float(1 - (1 - min(self.active / self.experts, 1.0)) ** tokens)

@@ -60,7 +60,7 @@ class Training:
     kernels: bool = False
 
     def parts(self, split: Split) -> int:
-        """Return in how many parts a group has its rows."""
+        """Return the number of parts in which a group has its rows."""
         return max(1, -(-self.rows // split.groups // self.part_rows))
 
     def tokens(self, split: Split) -> int:
@@ -264,7 +264,7 @@ def _exchange(model: Model, stage: Stage, split: Split, work: Training, network:
 
 
 def _gathers(stage: Stage, split: Split, work: Training, network: Network) -> float:
-    """Return the seconds of what is gathered and scattered of parameters and gradients."""
+    """Return the seconds of gathering parameters and scattering gradients."""
     seconds = 0.0
     stride = split.tp
     parts = 1 if split.pp > 1 else work.parts(split)

@@ -139,7 +139,7 @@ def on_meta(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
 def weights_of(
     model: PreTrainedModel, request: QuantizationRequest, tensors: Tensors | None = None
 ) -> Sequence[Weight]:
-    """Return all that a model without weights holds, what has two names once.
+    """Return all tensors of a model without weights, shared ones once.
 
     The model's modules are replaced by quantised ones where it is held so.
 

@@ -40,7 +40,7 @@ class World:
         return self.nodes * self.per_node
 
     def grown(self, factor: int) -> "World":
-        """Return one of so many times as many nodes."""
+        """Return a world with this many times the nodes."""
         return World(self.nodes * factor, self.per_node)
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""Rounds a model's matrices with a text in view: each makes up for what it and those before lost.
+"""Rounds a model's matrices on a text: each makes up for its own and earlier errors.
 
 Layer by layer, the model runs over the text; what goes into the layer's matrices says how errors of
 their columns are spread (`quintet.ops.error_feedback`); and each is rounded, and holds the rounded
@@ -76,7 +76,7 @@ class _Matrix:
 def rounded(
     model: Runs, slots: Mapping[str, Slot], batches: Sequence[Tensor]
 ) -> Iterator[tuple[Place, list[Parts]]]:
-    """Yield each matrix in the format of its slot; a stack's in as many parts as its slot has.
+    """Yield each matrix in the format of its slot; a stack's in the parts of its slot.
 
     What no token of the text came to (an expert, layers of multi-token prediction) and embeddings
     that are no head are not there.
@@ -114,7 +114,7 @@ def rounded(
 
 
 def _rounded(one: _Matrix, gram: Tensor) -> list[Parts]:
-    """Encode a matrix, and leave what that decodes to in its place."""
+    """Encode a matrix, and leave the decoded values in its place."""
     try:
         halves = one.weight.detach().chunk(one.count)
         encoded = [one.format.encode(half, gram) for half in halves]
@@ -176,7 +176,7 @@ class _EnoughError(Exception):
 
 
 class _Grams:
-    """Sums x xᵀ of what goes into matrices, while inside.
+    """Sums x xᵀ of a map's inputs, while inside.
 
     Attributes:
         found: (I, I) of each that something went into.

@@ -84,7 +84,7 @@ class BlockFormat(WeightFormat):
         return {"": (weight, shape)}
 
     def checked(self, weight: str, parts: Parts, shape: Shape) -> Parts:
-        """Return blocks, or what a process has of them, if numbers can be made of them.
+        """Return blocks, or a process's part of them, if they can be decoded.
 
         Raises:
             CheckpointError: a scale is not finite.

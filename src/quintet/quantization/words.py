@@ -147,7 +147,7 @@ class PackedConfig(QuantizationConfig):
     def stored(
         self, weight: str, shape: Shape, tensors: Mapping[str, TensorInfo]
     ) -> WeightFormat | None:
-        """Return None: `CompressedTensorsConfig` reads what is written."""
+        """Return None: `CompressedTensorsConfig` reads the written files."""
         return None
 
     def described(

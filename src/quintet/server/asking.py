@@ -220,7 +220,7 @@ class _Listener:
             yield self._finish(answer.finish_reason, answer)
 
     def count_calls(self) -> None:
-        """Count the calls that were read, and what was none in the end."""
+        """Count the calls that were read, and those that failed in the end."""
         if self._parser is not None:
             figures = self._prepared.served.shapes.figures
             figures.parsed(self._calls, self._parser.broken)

@@ -12,7 +12,7 @@ SAMPLES = 16
 
 
 def fingerprint(model: PreTrainedModel, bits: int | None = None) -> str:
-    """Return a name for what determines answers: version, weights, formats, cache bits.
+    """Return a fingerprint of all that determines answers: version, weights, formats, cache bits.
 
     It is the same in every process that holds the same model in the same way.
     """

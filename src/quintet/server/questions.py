@@ -74,7 +74,7 @@ class Ask:
     timeout: float | None = None
 
     def scores(self, context: int) -> int:
-        """Return how many scores of tokens the answers have at the most, for a context."""
+        """Return the maximum number of token scores of the answers, for a context."""
         count = 0
         if self.logprobs is not None:
             tokens = self.usual_tokens if self.max_tokens is None else self.max_tokens
@@ -85,7 +85,7 @@ class Ask:
 
     @property
     def binding(self) -> str:
-        """The field of the request that says what an answer may be."""
+        """The name of the request's field that sets the answer's form."""
         tools = isinstance(self.prompt, Conversation) and bool(self.prompt.tools)
         return "tools" if tools and self.tool_choice != "none" else self.form_where
 

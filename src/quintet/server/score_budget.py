@@ -17,7 +17,7 @@ class ScoreBudget:
         self._most, self._held = most, 0
 
     def check(self, count: int, param: str) -> None:
-        """Refuse so many scores if there is no room for them.
+        """Refuse this many scores if there is no room for them.
 
         Args:
             count: the most that a request comes to.
@@ -41,7 +41,7 @@ class ScoreBudget:
 
     @contextmanager
     def taken(self, count: int, param: str) -> Iterator[None]:
-        """Count so many scores for the duration of the context.
+        """Count this many scores for the duration of the context.
 
         Arguments and errors are those of `check`.
         """

@@ -1,4 +1,4 @@
-"""Memory of rows, and how many fit."""
+"""The memory of rows, and the number that fits."""
 
 from dataclasses import dataclass, replace
 from typing import cast

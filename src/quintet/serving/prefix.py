@@ -190,7 +190,7 @@ class PrefixCache(Generic[C]):
         return path, path[-1].stop if path else 0, reached
 
     def _walk(self, scope: str, ids: Sequence[int], adapter: str) -> tuple[list[_Node[C]], int]:
-        """Return the nodes along a text, and how many of its tokens they hold."""
+        """Return the nodes along a text, and the number of its tokens that they hold."""
         node, path, reached = self._roots.get(scope, {}).get(adapter), [], 0
         while node is not None and reached < len(ids):
             node = node.children.get(ids[reached])

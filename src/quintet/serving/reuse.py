@@ -78,7 +78,7 @@ class PromptReuse:
                 yield other, shared
 
     def _keep_shared(self, request: Request) -> None:
-        """Store what a running request holds of the same prompt."""
+        """Store a running request's content of the same prompt."""
         if self.prefix.divisible:
             for other, shared in self._alike(request):
                 if other.text in self.engine.sequences and other.computed >= GRID:

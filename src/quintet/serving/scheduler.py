@@ -1,4 +1,4 @@
-"""The scheduler: decides what runs next; plain Python without torch.
+"""The scheduler: plans each step; plain Python without torch.
 
 A job is what was asked for once. It has no phase: `computed` catches up with `known`, the tokens of
 its prompt and answer so far, of which the last is run over to make the next.

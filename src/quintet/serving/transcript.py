@@ -38,7 +38,7 @@ class StopStrings:
         self._pending = ""
 
     def feed(self, text: str) -> str:
-        """Add text; return what certainly precedes any of the strings."""
+        """Add text; return the part that certainly precedes any of the strings."""
         if self.found is not None:
             return ""
         text = self._pending + text

@@ -9,7 +9,7 @@ from quintet.gguf import shard_names
 
 
 def folders_of(repository: str) -> Iterator[tuple[Path, str]]:
-    """Yield the folders that may have files of a hub id, each with what their names begin with."""
+    """Yield the folders that may have files of a hub id, each with the prefix of their names."""
     for home in (Path.home() / ".lmstudio/models", Path.home() / ".cache/lm-studio/models"):
         if (home / repository).is_dir():
             yield home / repository, ""

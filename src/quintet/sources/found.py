@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A model in GGUF, and what the program that keeps it says beside the file.
+    """A model in GGUF, and further facts from the program that keeps it.
 
     Attributes:
         path: of the file, or of the first of several.

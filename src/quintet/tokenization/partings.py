@@ -84,7 +84,7 @@ _DEEPSEEK_V3 = (
 
 
 def _tiktoken(digits: int) -> str:
-    """Return the pattern that Qwen2 and Llama 3 share but for how many digits stand together."""
+    """Return the pattern that Qwen2 and Llama 3 share except for the number of digits."""
     number = r"\p{N}" if digits == 1 else rf"\p{{N}}{{1,{digits}}}"
     return (
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"

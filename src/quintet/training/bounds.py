@@ -1,10 +1,10 @@
-"""The least and the most that numbers of a table may be; what is no number is refused."""
+"""Bounds of the numbers of a table; values that are no numbers are refused."""
 
 from quintet.training.settings import SettingError
 
 
 def at_least(table: object, **least: float) -> None:
-    """Refuse the values of a table that are below what they have to be at least.
+    """Refuse values of a table that are below their minimum.
 
     Raises:
         SettingError: one of them is.
@@ -16,7 +16,7 @@ def at_least(table: object, **least: float) -> None:
 
 
 def at_most(table: object, **most: float) -> None:
-    """Refuse the values of a table that are above what they may be at most.
+    """Refuse values of a table that are above their maximum.
 
     Raises:
         SettingError: one of them is.

@@ -85,7 +85,7 @@ def prepared(
     share: LocalPart | None = None,
     beside: Beside | None = None,
 ) -> tuple[CausalLMHead, Objective]:
-    """Return the model as its training begins, or goes on, and what it is trained for.
+    """Return the model at the start or resumption of its training, and its objective.
 
     Args:
         config: the settings.
@@ -315,7 +315,7 @@ def build_objective(
 
 
 def _other(key: str, name: str, beside: Beside | None) -> tuple[CausalLMHead, Running]:
-    """Return a checkpoint's model, which another one is compared with, and what it is run by."""
+    """Return another checkpoint's model to compare with, and the function that runs it."""
     if beside is None:
         return _placed(_loaded(name), None, part=False)
     read = partial(

@@ -1,4 +1,4 @@
-"""Everything that a training is told: the tables of its file, and what goes together in them."""
+"""The configuration of a training: the tables of its file, and their consistency."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ from quintet.training.settings import SettingError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSettings:
-    """The `[model]` table: what is trained.
+    """The `[model]` table: the model to train.
 
     Attributes:
         from_: a checkpoint to begin with: a folder, or a hub id.
@@ -123,7 +123,7 @@ class PreferenceSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DistillationSettings:
-    """The `[objective]` table of a model that learns what another predicts.
+    """The `[objective]` table of a model that learns another's predictions.
 
     Attributes:
         teacher: the other model: a folder, or a hub id, of the same ids.

@@ -151,7 +151,7 @@ def _curve(
     key: str | tuple[str, str],
     places: Mapping[int, float] | None = None,
 ) -> Curve:
-    """Return the finite values of a key; `places` has what an evaluation itself does not say."""
+    """Return the finite values of a key; `places` has the steps of evaluations."""
     x, y = [], []
     for line in lines:
         value = line.get(key) if isinstance(key, str) else (line.get(key[0]) or {}).get(key[1])

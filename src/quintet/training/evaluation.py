@@ -25,7 +25,7 @@ from quintet.training.undisturbed import undisturbed
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationSettings:
-    """The `[evaluation]` table: what is measured along the way, and how often.
+    """The `[evaluation]` table: the measures along the way, and their interval.
 
     Attributes:
         every: after how many steps, and at the end; 0 for at the end alone.
@@ -65,7 +65,7 @@ class EvaluationSettings:
         return [documents[i * len(documents) // most] for i in range(most)]
 
     def is_due(self, step: int) -> bool:
-        """Tell whether one looks after so many steps, the last aside."""
+        """Return whether an evaluation is due after this many steps, the last aside."""
         return self.every > 0 and step % self.every == 0
 
 

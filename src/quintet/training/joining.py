@@ -1,4 +1,4 @@
-"""One process or several: who trains together, and what each has of the model."""
+"""One process or several: the ranks of a training, and their parts of the model."""
 
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -190,7 +190,7 @@ class Beside:
         return LocalPart(self.world, _slices(self.world, every=False), learns=False)
 
     def placed(self, model: CausalLMHead, *, part: bool) -> Running:
-        """Make a model this process's part of it, and return what its forwards are run by.
+        """Make a model this process's part of it, and return the function that runs its forwards.
 
         Raises:
             InputError: it cannot be divided so.
@@ -220,7 +220,7 @@ def _low(config: TrainingConfig) -> bool:
 
 
 def _sliced(model: CausalLMHead, parts: Parts | None) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of what parameters are slices of, by their first names."""
+    """Return the whole shapes of sliced parameters, by their first names."""
     if parts is None:
         shell = init_on_meta(type(model), model.config)
         shapes = {name: tuple(p.shape) for name, p in shell.named_parameters()}

@@ -121,7 +121,7 @@ def _start(ranks: Ranks, folder: Path, resume: Resume) -> SavedCheckpoint | None
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Keep other processes out of a run's folder, which is made if it is not there."""
+    """Keep other processes out of a run's folder, which is created if it does not exist."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

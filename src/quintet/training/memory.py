@@ -1,4 +1,4 @@
-"""The memory that a training needs: weights, gradients, what optimisers keep, activations."""
+"""The memory of a training: weights, gradients, optimizer states, activations."""
 
 from dataclasses import dataclass
 

@@ -28,7 +28,7 @@ LONGEST = 1 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReportSettings:
-    """The `[report]` table: what is written down of a training.
+    """The `[report]` table: the outputs of a training.
 
     Attributes:
         every: after how many steps there is a line in `metrics.jsonl`; steps that were left out
@@ -49,7 +49,7 @@ class ReportSettings:
 
 
 class Usage:
-    """The share of what a machine could do that a training's steps use: MFU.
+    """The share of a machine's peak that a training's steps use: MFU.
 
     What counts as an operation is said in `quintet.measurement.flops`.
     """
@@ -77,7 +77,7 @@ class _Lines:
         self.path = path
 
     def cut(self, step: int) -> None:
-        """Take away what was told of later steps than this one, and half a line at the end."""
+        """Remove the lines of later steps than this one, and half a line at the end."""
         try:
             with self.path.open("r+b") as file:
                 end = 0
@@ -141,7 +141,7 @@ def _is_number(value: object) -> bool:
 
 
 def _finite(value: Any) -> Any:
-    """Return a value without what JSON has no number for: null stands for it."""
+    """Return a value for JSON: null stands for numbers that it lacks."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
@@ -166,7 +166,7 @@ class Metrics:
         self._failed = False
 
     def started(self, beginning: Beginning) -> None:
-        """Cut off what is to be done again, and write what begins."""
+        """Cut off the steps to be repeated, and write the beginning."""
         folder, model = beginning.folder, beginning.model
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -210,12 +210,12 @@ class Metrics:
         self._write(self._metrics, line)
 
     def evaluated(self, evaluation: Evaluation) -> None:
-        """Write what was measured."""
+        """Write an evaluation."""
         line = {"event": "evaluation", **asdict(evaluation), "perplexity": evaluation.perplexity}
         self._write(self._metrics, line)
 
     def sampled(self, sample: Sample) -> None:
-        """Write what the model wrote, into a file of its own."""
+        """Write the model's texts into a file of their own."""
         self._write(self._samples, asdict(sample))
 
     def saved(self, saved: Saved) -> None:
@@ -223,7 +223,7 @@ class Metrics:
         self._write(self._metrics, {"event": "saved", **asdict(saved)})
 
     def warned(self, message: str) -> None:
-        """Write what went wrong."""
+        """Write a warning."""
         self._write(self._metrics, {"event": "warning", "message": message})
 
     def ended(self, end: End) -> None:

@@ -1,4 +1,4 @@
-"""Among how many processes a training is divided, and along what."""
+"""The degrees of a training's division among processes, by axis."""
 
 from dataclasses import dataclass, fields
 from typing import Literal
@@ -11,7 +11,7 @@ AXES = ("tp", "cp", "fsdp", "dp", "pp", "ep")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParallelSettings:
-    """The `[parallel]` table: what is divided among how many processes; one axis may be "auto".
+    """The `[parallel]` table: the number of processes per axis; one may be "auto".
 
     The same training goes on with other numbers: nothing of what it learns follows from them but
     how sums are rounded.

@@ -1,4 +1,4 @@
-"""In what numbers a forward computes."""
+"""The dtype in which a forward computes."""
 
 from contextlib import AbstractContextManager, nullcontext
 

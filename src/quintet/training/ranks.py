@@ -1,4 +1,4 @@
-"""The processes that train together: who reads which batches, what is counted, who decides."""
+"""The processes that train together: their batches, sums and decisions."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -34,12 +34,12 @@ class Ranks(Protocol):
 
     @property
     def degrees(self) -> Degrees:
-        """Among how many processes what is divided."""
+        """The degrees of the division."""
         ...
 
     @property
     def axes(self) -> str:
-        """Along what they divide the work."""
+        """The axes of the division."""
         ...
 
     @property
@@ -53,11 +53,11 @@ class Ranks(Protocol):
         ...
 
     def counted(self, counts: Mapping[str, float]) -> dict[str, float]:
-        """Return the sums of what is counted in batches, each batch once."""
+        """Return the sums of counts over batches, each batch once."""
         ...
 
     def total(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """Return the sums of what processes find in their parts of batches."""
+        """Return the sums of processes' results for their parts of batches."""
         ...
 
     def summed(self, tensor: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ class Ranks(Protocol):
         ...
 
     def of_layers(self, tensor: Tensor) -> Tensor:
-        """Return the sum of what processes find in their layers, of the same tokens."""
+        """Return the sum of processes' results in their layers, of the same tokens."""
         ...
 
     def most(self, numbers: Sequence[float]) -> list[float]:
@@ -147,11 +147,11 @@ class Several:
         self.share = at["dp"] * degrees.fsdp + at["fsdp"], degrees.dp * degrees.fsdp
 
     def counted(self, counts: Mapping[str, float]) -> dict[str, float]:
-        """Return the sums of what is counted in batches, each batch once."""
+        """Return the sums of counts over batches, each batch once."""
         return self._sums(counts, BATCHES)
 
     def total(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """Return the sums of what processes find in their parts of batches."""
+        """Return the sums of processes' results for their parts of batches."""
         return self._sums(sums, FOUND)
 
     def summed(self, tensor: Tensor) -> Tensor:
@@ -159,7 +159,7 @@ class Several:
         return self._sum(tensor, FOUND)
 
     def of_layers(self, tensor: Tensor) -> Tensor:
-        """Return the sum of what processes find in their layers, of the same tokens."""
+        """Return the sum of processes' results in their layers, of the same tokens."""
         return self._sum(tensor, ("pp",))
 
     def _sums(self, numbers: Mapping[str, float], axes: Sequence[str]) -> dict[str, float]:

@@ -163,7 +163,7 @@ class Reporter(Protocol):
     """Interface for readers of a training's records, called in order from one thread."""
 
     def started(self, beginning: Beginning) -> None:
-        """Hear what is about to run."""
+        """Report the beginning of a run."""
         ...
 
     def step(self, record: StepRecord) -> None:
@@ -175,7 +175,7 @@ class Reporter(Protocol):
         ...
 
     def sampled(self, sample: Sample) -> None:
-        """Hear what the model wrote."""
+        """Report a text that the model wrote."""
         ...
 
     def saved(self, saved: Saved) -> None:
@@ -183,7 +183,7 @@ class Reporter(Protocol):
         ...
 
     def warned(self, message: str) -> None:
-        """Hear of what goes wrong without ending the training."""
+        """Report a fault that does not end the training."""
         ...
 
     def ended(self, end: End) -> None:

@@ -1,4 +1,4 @@
-"""Going on with a run: from where, and whether what follows would be what would have followed."""
+"""Resuming a run: the checkpoint to start from, and whether the result would be the same."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -43,7 +43,7 @@ def start_of(run: Path, resume: Resume) -> SavedCheckpoint | None:
 
 
 def check_same(start: SavedCheckpoint, now: Mapping[str, Any], resume: Resume) -> list[str]:
-    """Compare what a run is a function of with what it was; return what differs, if it may.
+    """Compare a run's settings with the checkpoint's; return the differences that are allowed.
 
     Args:
         start: the checkpoint.
@@ -66,7 +66,7 @@ def check_same(start: SavedCheckpoint, now: Mapping[str, Any], resume: Resume) -
 
 
 def check_format(start: SavedCheckpoint) -> None:
-    """Check that a checkpoint holds what this version goes on from.
+    """Check that this version can resume from a checkpoint.
 
     Raises:
         CheckpointError: it does not.

@@ -60,7 +60,7 @@ class Run:
         ranks: Ranks,
         layout: Layout,
     ) -> None:
-        """Build what moves weights and biases of a model that is ready to be trained."""
+        """Build the optimizers and balancer of a model that is ready to be trained."""
         self.config, self.folder, self.report = config, folder, report
         self.ranks, self.layout = ranks, layout
         self.model, self.tokenizer = model, tokenizer
@@ -243,7 +243,7 @@ class Run:
     # -- looking -----------------------------------------------------------------------------
 
     def _evaluate(self) -> Evaluation | None:
-        """Measure the model on what it does not learn from, and let it write."""
+        """Measure the model on held-out texts, and let it write."""
         settings, at = self.config.evaluation, self.counters
         documents = settings.chosen(self.data.held_out)
         if documents:
@@ -380,7 +380,7 @@ class Run:
         )
 
     def close(self) -> None:
-        """Take from the model what was put on it for the training."""
+        """Remove the training's additions from the model."""
         if self.loads is not None:
             self.loads.close()
         if self.dropping is not None:

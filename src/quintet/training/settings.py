@@ -1,4 +1,4 @@
-"""Settings as frozen dataclasses, read from TOML and written back; what is wrong is named.
+"""Settings as frozen dataclasses, read from TOML and written back; errors name their key.
 
 A field's annotation says what its key may hold: bool, int, float, str, `Literal`,
 `tuple[T, ...]`, `Mapping[str, T]`, another such dataclass, and unions of them. Of several
@@ -51,7 +51,7 @@ class SettingError(ConfigError):
 
     @classmethod
     def value(cls, key: str, value: object, rule: str) -> "SettingError":
-        """Return the refusal of a value of a key, by a rule that says what it has to be."""
+        """Return the error of a key's value that breaks a rule."""
         text = _written(value)
         return cls(key, f" = {text if len(text) <= 160 else f'{text[:159]}…'}: {rule}")
 
@@ -171,7 +171,7 @@ def _dataclass(kind: type[Any], values: Mapping[str, Any]) -> Any:
 
 
 class _UnfitError(Exception):
-    """A value is of another kind than a key holds; the text says of which."""
+    """A value is of another kind than its key holds; the text names the kind."""
 
 
 def _value(kind: Any, value: Any) -> Any:
@@ -201,7 +201,7 @@ def _value(kind: Any, value: Any) -> Any:
 
 
 def _item(kind: Any, place: int | str, item: Any) -> Any:
-    """Return a value of a list or mapping; what is wrong with it is told with its place."""
+    """Convert a value of a list or mapping; errors name its place."""
     try:
         return _value(kind, item)
     except _UnfitError as unfit:
@@ -249,7 +249,7 @@ def _fits(kind: Any, value: Any, *, exactly: bool = False) -> bool:
 
 
 def _described(kind: Any) -> str:
-    """Say in words what a key may hold."""
+    """Return the kinds of value that a key may hold, in words."""
     origin, args = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
         known = [arg for arg in args if arg is not type(None) and _from_files(arg)]
@@ -303,7 +303,7 @@ def _plain(key: str, value: Any) -> Any:
 
 
 def written(value: Any) -> str:
-    """Write settings as TOML: each table under its name, what is inside of one in a line."""
+    """Write settings as TOML: each table under its name, nested ones in a line."""
     table_of = plain(value)
     lines = [
         f"{_key(key)} = {_written(item)}" for key, item in table_of.items() if not _is_table(item)

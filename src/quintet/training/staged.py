@@ -39,7 +39,7 @@ def check_staged(config: TrainingConfig, degrees: Degrees) -> None:
 
 
 def _check_slices(config: TrainingConfig, degrees: Degrees) -> None:
-    """Refuse what does not go with `sequence_parallel`."""
+    """Refuse settings that do not go with `sequence_parallel`."""
     if degrees.cp > 1:
         raise SettingError(
             "parallel.sequence_parallel",

@@ -1,4 +1,4 @@
-"""One step: what its parts add up to, and what the optimisers make of it."""
+"""One step: the sums over its parts, and the optimisers' update."""
 
 import math
 from collections import Counter

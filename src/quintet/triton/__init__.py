@@ -14,7 +14,7 @@ __all__ = ["backends"]
 
 
 def backends() -> tuple[Backend, ...]:
-    """Return the backend of this folder where there is a CUDA device and Triton, else nothing."""
+    """Return the backend of this folder if there is a CUDA device and Triton, else nothing."""
     # Counting does not start CUDA, which processes that fork could not use then.
     if not torch.cuda.device_count() or find_spec("triton") is None:
         return ()

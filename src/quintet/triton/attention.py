@@ -194,7 +194,7 @@ def _tile(rows: int, blocks: list[int], shared: bool, itemsize: int) -> tuple[in
 
 
 def _splits(programs: int, pages: Pages, window: int | None, S: int, device: torch.device) -> int:
-    """Return among how many programs the keys of one are divided."""
+    """Return the number of programs that divide the keys of one text."""
     if device.type == "cuda":
         resident = RESIDENT * torch.cuda.get_device_properties(device).multi_processor_count
     else:

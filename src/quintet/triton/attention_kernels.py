@@ -245,7 +245,7 @@ def join(  # type: ignore[no-untyped-def]
     DV_BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """Add up what the programs of a row have made, by their part of the sum of its weights."""
+    """Sum the programs' results of a row, by their part of the sum of its weights."""
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, DV_BLOCK)
     top = float("-inf")

@@ -1,4 +1,4 @@
-"""The short causal convolution of texts, each behind what was kept of it (arXiv:2405.21060, §7)."""
+"""The short causal convolution of texts, each behind its window (arXiv:2405.21060, §7)."""
 
 import triton
 import triton.language as tl
@@ -22,7 +22,7 @@ def convolve(
     before: Tensor | None,
     next_window: Tensor | None,
 ) -> Tensor:
-    """Return silu(bias + Σ_w taps_w · raw_{t+w-W+1}), (N, C), and write what the next token needs.
+    """Return silu(bias + Σ_w taps_w · raw_{t+w-W+1}), (N, C), and write the next window.
 
     The sum is made in float32, rounded, and rounded again behind silu, as the steps do.
 

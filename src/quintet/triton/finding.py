@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def text_of(ends, rows, counts, text, most):  # type: ignore[no-untyped-def]
-    """Return a text's first token, how many it has, how many are real, and its row."""
+    """Return a text's first token, its numbers of tokens and of real ones, and its row."""
     if ends is None:
         begin = text * most
         length = text * 0 + most

@@ -30,7 +30,7 @@ class Shape(NamedTuple):
 
 
 def shape_for(choices: int, E: int, dtype: torch.dtype) -> Shape:
-    """Return the shape of tiles: as many rows as an expert may be expected to have.
+    """Return the shape of tiles: the expected number of an expert's rows.
 
     Steps have 64 columns: two numbers of four bits a byte begin anew every 64, and three steps
     of the largest tiles fit the shared memory of an A100.

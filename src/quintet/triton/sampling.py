@@ -69,7 +69,7 @@ def draw(
 
 @triton.jit
 def _scores(row, at, V, divisor, DIVIDES: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return scores from `at` on, and integers in their order; what is behind the row is last."""
+    """Return scores from `at` on, and integers in their order; columns behind the row are last."""
     i = at + tl.arange(0, BLOCK)
     x = tl.load(row + i, mask=i < V, other=float("-inf"))
     if DIVIDES:

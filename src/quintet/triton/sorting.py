@@ -29,7 +29,7 @@ def by_expert(indices: Tensor, E: int) -> tuple[Tensor, Tensor]:
 
 
 def most_tiles(choices: int, E: int, rows: int) -> int:
-    """Return the maximum number of tiles of so many rows for the choices of E experts."""
+    """Return the maximum number of tiles of this many rows for the choices of E experts."""
     return min(choices, cdiv(choices, rows) + E - 1)
 
 
@@ -54,7 +54,7 @@ def _sort(indices, order, spans, total, E, BLOCK: tl.constexpr):  # type: ignore
 
 @triton.jit
 def tile_of(spans, tile, E, EXPERTS: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return the expert of a tile, its first row among all sorted, and how many rows it has.
+    """Return the expert of a tile, its first row among all sorted, and its number of rows.
 
     What is behind the last tile has an expert from E on.
     """

@@ -102,7 +102,7 @@ def _rows(P: int, N_BLOCK: int, numbers: int) -> int:
 
 @triton.jit
 def _step_size(dt, least, most):  # type: ignore[no-untyped-def]
-    """Return softplus(dt) within limits; what is no number stays none."""
+    """Return softplus(dt) within limits; NaN stays NaN."""
     e = tl.exp(tl.where(dt > 20.0, 20.0, dt))
     # log(1 + e) as it is, not as 1 + e is rounded.
     one = e + 1.0

@@ -139,7 +139,7 @@ def _dense(x: Tensor) -> bool:
 
 @triton.jit
 def columns_of(k, BLOCK: tl.constexpr, NUMBERS: tl.constexpr, HALF: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return the columns of what `widened` makes of a step from k on."""
+    """Return the columns of `widened` for a step from k on."""
     if NUMBERS == 2 or NUMBERS == 3:
         j = tl.arange(0, BLOCK // 2)
         c = k + j // 32 * 64 + j % 32 + 32 * HALF
@@ -181,7 +181,7 @@ def widened(  # type: ignore[no-untyped-def]
     WHOLE: tl.constexpr,
     OFFSET: tl.constexpr,
 ):
-    """Return the numbers that what is stored stands for, in float32; scales of rows are left out.
+    """Return the stored numbers decoded in float32; scales of rows are left out.
 
     Args:
         rows: where the scales of each row begin.

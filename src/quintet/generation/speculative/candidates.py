@@ -52,7 +52,7 @@ class Drafter(Protocol):
         ...
 
     def accepted(self, counts: list[int]) -> None:
-        """Learn how many tokens each row took of the last forward; 0 at its end."""
+        """Learn the number of tokens that each row took of the last forward; 0 at its end."""
         ...
 
     def finish(self, text: TokenBuffer) -> None:
@@ -91,7 +91,7 @@ class Schedule:
 
 
 class PromptLookup:
-    """Drafts what followed an earlier occurrence of a row's last tokens.
+    """Drafts the tokens behind an earlier occurrence of a row's last tokens.
 
     Where a constraint forces tokens, these are the draft; where it forbids one, the draft ends.
 

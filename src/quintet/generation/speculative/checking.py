@@ -50,7 +50,7 @@ class Checked:
 def check_draft(
     sampler: Sampler, text: TokenBuffer, logits: Tensor, draft: Draft, unfinished: Sequence[bool]
 ) -> Checked:
-    """Verify a draft: how many tokens are accepted, and the next token.
+    """Verify a draft: the number of accepted tokens, and the next token.
 
     Args:
         sampler: takes the tokens, for this turn.

@@ -141,7 +141,7 @@ class _Speculating:
         return numbers[:, 0].tolist()
 
     def _turn(self, output: ForwardOutput, text: TokenBuffer, draft: Draft) -> "_Turn":
-        """Verify a draft, append what is accepted, and find unfinished rows."""
+        """Verify a draft, append the accepted tokens, and find unfinished rows."""
         run, K = self.run, draft.tokens.shape[1]
         sampler = for_a_turn(run.sampler, self.unfinished)
         # Without a cache, what was made may begin earlier.
@@ -262,7 +262,7 @@ class _Speculating:
 
 @dataclass(frozen=True, slots=True)
 class _Turn:
-    """The result of a turn per row: its tokens, and how many drafts were accepted."""
+    """The result of a turn per row: its tokens, and the numbers of drafted and accepted ones."""
 
     tokens: list[list[int]]
     drafted: list[int]

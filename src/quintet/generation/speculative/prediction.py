@@ -183,7 +183,7 @@ class Prediction:
         return whole, segments_of(whole, lengths)
 
     def _take_back(self, tokens: list[int], rows: list[int], batch: int) -> None:
-        """Crop what drafted tokens left in the cache."""
+        """Crop drafted tokens from the cache."""
         if not any(tokens):
             return
         if len(rows) == batch and len(set(tokens)) == 1:

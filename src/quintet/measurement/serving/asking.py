@@ -1,4 +1,4 @@
-"""One request to a server, and when what came of it came."""
+"""One request to a server, with the times of its pieces."""
 
 import asyncio
 import json
@@ -95,7 +95,7 @@ class Target:
     async def listen(
         self, record: RequestRecord, prompt: Prompt, out: int, *, drop: int | None = None
     ) -> None:
-        """Ask, and note what becomes of it; hang up behind `drop` pieces, or when cancelled."""
+        """Send a request and record its course; hang up behind `drop` pieces, or when cancelled."""
         try:
             async with asyncio.timeout(self.timeout):
                 async with self.address.ask(PATHS[self.endpoint], self.body(prompt, out)) as reply:

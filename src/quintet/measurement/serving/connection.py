@@ -175,7 +175,7 @@ class Address:
 
     @asynccontextmanager
     async def ask(self, path: str, body: Any = None) -> AsyncIterator[Reply]:
-        """Send a request, a GET or what a body is posted to, and give what is answered.
+        """Send a request, a GET or a POST with a body, and return the reply.
 
         A body that is no bytes is sent as JSON.
 
@@ -195,7 +195,7 @@ class Address:
                 await writer.wait_closed()
 
     async def fetch(self, path: str, body: Any = None) -> tuple[int, Any]:
-        """Return an answer's status and what its JSON says; None where it is no JSON."""
+        """Return a reply's status and JSON; None if it is no JSON."""
         async with self.ask(path, body) as reply:
             content = await reply.read()
         try:

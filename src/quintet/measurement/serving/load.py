@@ -88,7 +88,7 @@ class _Running:
 
 
 async def run(target: Target, shape: Shape, load: Load, *, warm: int = 1) -> list[RequestRecord]:
-    """Ask as a load says, and return what became of each request.
+    """Send a load's requests, and return the record of each.
 
     Args:
         target: who is asked.

@@ -72,7 +72,7 @@ class Material(Protocol):
     """Units that prompts are made of, with their size in tokens."""
 
     def draw(self, tokens: int, dice: random.Random) -> Prompt:
-        """Return a text of so many tokens, or as nearly as can be."""
+        """Return a text of this many tokens, or as nearly as can be."""
         ...
 
     def join(self, parts: Sequence[Prompt]) -> Prompt:
@@ -87,7 +87,7 @@ class Ids:
     alphabet: tuple[int, ...]
 
     def draw(self, tokens: int, dice: random.Random) -> Prompt:
-        """Return so many ids."""
+        """Return this many ids."""
         return dice.choices(self.alphabet, k=tokens)
 
     def join(self, parts: Sequence[Prompt]) -> Prompt:
@@ -106,7 +106,7 @@ class Words:
     per_word: float = 1.0
 
     def draw(self, tokens: int, dice: random.Random) -> Prompt:
-        """Return about so many tokens of words."""
+        """Return words of about this many tokens."""
         return "".join(
             f" {word}" for word in dice.choices(WORDS, k=max(1, round(tokens / self.per_word)))
         )

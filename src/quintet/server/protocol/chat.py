@@ -1,4 +1,4 @@
-"""OpenAI's chat completions: what a request may say."""
+"""OpenAI's chat completions: the fields of a request."""
 
 from typing import Annotated, Any, ClassVar, Literal
 

@@ -1,4 +1,4 @@
-"""OpenAI's completions of text: what a request may say, and its prompts."""
+"""OpenAI's completions of text: the fields of a request, and its prompts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -59,7 +59,7 @@ class CompletionRequest(SamplingFields):
     grammar: Annotated[str, Field(min_length=1)] | None = None
 
     def check(self, settings: Settings) -> None:
-        """Check what goes together.
+        """Check that the fields go together.
 
         Raises:
             ApiError: a value breaks its rule, or fields contradict each other.
@@ -168,7 +168,7 @@ def _ids(
 
 
 def _around(before: str, behind: str, tokenizer: PreTrainedTokenizer, context: int) -> Piece:
-    """Return the prompt that asks for what stands between two texts, which are encoded apart."""
+    """Return a prompt for the text between two texts, which are encoded apart."""
     for marks in HOLES:
         ids = [tokenizer.convert_tokens_to_ids(mark) for mark in marks]
         added = tokenizer.added_tokens_decoder

@@ -1,4 +1,4 @@
-"""Names of what is answered: a kind, and what nobody guesses."""
+"""Ids of answers: a kind, and random letters that nobody guesses."""
 
 import uuid
 

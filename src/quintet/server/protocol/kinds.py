@@ -1,4 +1,4 @@
-"""Objects that say of what kind they are, in lists that hold several kinds."""
+"""Objects with a `type`, in lists that hold several types."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -18,7 +18,7 @@ _EMPTY: dict[type[Event], Wire] = {
 
 
 class MessageWriter:
-    """Turns what a model does into a Message of Anthropic's, and the events that tell of it.
+    """Turns a model's events into a Message of Anthropic's, and its stream of events.
 
     Args:
         model: the name it was asked for by.

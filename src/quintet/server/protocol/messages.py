@@ -1,4 +1,4 @@
-"""The bodies of `/v1/messages`: Anthropic's words, and what they come to here."""
+"""The bodies of `/v1/messages`: Anthropic's fields, and their translation."""
 
 import json
 from collections.abc import Mapping

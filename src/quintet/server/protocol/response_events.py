@@ -34,7 +34,7 @@ class _Item:
 
 
 class ResponseWriter:
-    """Turns what a model does into a Response, and the events that tell of it.
+    """Turns a model's events into a Response, and its stream of events.
 
     Events are returned in the order in which clients' accumulators ask for them: the whole
     Response first, every item added before it grows and done before the next, and one of

@@ -1,4 +1,4 @@
-"""The body of `/v1/responses`: what may be said in it, and what it comes to here."""
+"""The body of `/v1/responses`: its fields, and their translation."""
 
 import json
 import time
@@ -47,7 +47,7 @@ class NamedChoice(Body):
 
 
 class AllowedChoice(Body):
-    """The functions of which some may be called, or one has to be."""
+    """The functions that may be called, or one of which has to be."""
 
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]

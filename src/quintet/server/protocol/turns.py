@@ -14,7 +14,7 @@ TEXT_ONLY = "messages hold text; models here read nothing else, and nothing is f
 
 
 class Part(Body):
-    """A part of what is said."""
+    """A part of a message."""
 
     IDLE: ClassVar = frozenset({"annotations", "cache_control"})
 

@@ -1,4 +1,4 @@
-"""The page to chat on, and what it shows of the models."""
+"""The page to chat on, and the facts it shows of the models."""
 
 import contextlib
 from typing import Any

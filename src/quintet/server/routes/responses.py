@@ -25,7 +25,7 @@ router = APIRouter(tags=["openai"])
 
 @router.post("/v1/responses", openapi_extra=documented(ResponsesRequest))
 async def create(request: Request) -> Response:
-    """Respond to what was said, with thoughts, text and calls of tools."""
+    """Respond to a conversation with thoughts, text and calls of tools."""
     service = service_of(request)
     settings = service.settings
     body, warnings = await received(request, ResponsesRequest)

@@ -35,7 +35,7 @@ class PlainMessage(Body):
 
 
 class Tokenize(Body):
-    """A text, or a conversation, whose tokens are asked for.
+    """The body of a request to tokenize a text or a conversation.
 
     Attributes:
         model: the model; the first if not given.
@@ -61,7 +61,7 @@ class Tokenize(Body):
 
 
 class Detokenize(Body):
-    """Tokens whose text is asked for.
+    """The body of a request for the text of tokens.
 
     Attributes:
         model: the model; the first if not given.
@@ -74,7 +74,7 @@ class Detokenize(Body):
 
 @router.post("/tokenize", openapi_extra=documented(Tokenize))
 async def tokenize(request: Request) -> JSONResponse:
-    """Return the tokens of a text or of a conversation, and how many a prompt may have."""
+    """Return the tokens of a text or conversation, and the maximum of a prompt."""
     service = service_of(request)
     body, warnings = await received(request, Tokenize)
     if (body.prompt is None) == (body.messages is None):

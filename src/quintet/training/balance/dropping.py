@@ -14,7 +14,7 @@ from quintet.modeling.packing import Packing
 
 
 class TokenDropping:
-    """Drops what is beyond a device's share, in training mode alone (arXiv:2405.04434, §2.2.4).
+    """Drops tokens beyond a device's share, in training mode alone (arXiv:2405.04434, §2.2.4).
 
     Of N tokens that go to A experts each, each of D devices computes N·A/D pairs of a token and an
     expert, times `capacity`, in each layer. Where more are sent to a device, those with the lowest

@@ -58,7 +58,7 @@ class Routing:
     chunks: Chunks | None = None
 
     def summed(self, own: Tensor) -> Tensor:
-        """Return the sum over all tokens of the batch, of what nothing is learned from."""
+        """Return the sum over all tokens of the batch, without gradients."""
         return own if self.chunks is None else self.chunks.summed(own)
 
     def per_layer(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -116,7 +116,7 @@ def routing_of(
 
 
 def texts_of(batch: Batch) -> tuple[Tensor, int]:
-    """Return the number of each token's text, (B, T) and -1 for padding, and how many there are.
+    """Return the index of each token's text, (B, T) and -1 for padding, and their number.
 
     Each row is a text, or several of which `seq_idx` tells; they are counted over all rows.
     """

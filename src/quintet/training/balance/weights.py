@@ -1,4 +1,4 @@
-"""Weights of losses, as numbers or as what changes along a training."""
+"""Weights of losses, as numbers or as schedules along a training."""
 
 from quintet.configuration.numbers import is_finite
 from quintet.errors import InputError, shown

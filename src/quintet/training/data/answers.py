@@ -75,7 +75,7 @@ class _Answering:
         return self._conversation([*prompt, *answer], record, len(prompt))
 
     def _conversation(self, messages: list[Any], record: Mapping[str, Any], first: int) -> Encoded:
-        """Return a conversation, what is said first in it being none of what is learned."""
+        """Encode a conversation, the first messages of which are not learned."""
         if self._chat is None:
             self._chat = ChatEncoder(self._tokenizer, self._settings)
         tools = record.get(self._fields.tools)
@@ -84,7 +84,7 @@ class _Answering:
 
 
 class Completions(_Answering):
-    """Samples of prompts and what completes them."""
+    """Samples of prompts and their completions."""
 
     def sample(self, record: Mapping[str, Any]) -> Sample:
         """Return a prompt and its completion.
@@ -99,7 +99,7 @@ class Completions(_Answering):
 
 
 class Pairs(_Answering):
-    """Samples of a better and a worse answer, with their prompt or behind what both begin with."""
+    """Samples of a better and a worse answer, with their prompt or their common beginning."""
 
     def sample(self, record: Mapping[str, Any]) -> Sample:
         """Return two documents, the preferred one first.

@@ -1,4 +1,4 @@
-"""Conversations to ids, with what the assistant says told apart."""
+"""Conversations to ids, with the assistant's parts marked."""
 
 import json
 import re
@@ -167,7 +167,7 @@ class ChatEncoder:
         return Encoded(row.ids, learned)
 
     def _by_marks(self, messages: list[Message], tools: Any, template: str, first: int) -> Encoded:
-        """Return the ids of a conversation whose template says itself what the model wrote."""
+        """Return the ids of a conversation whose template marks the model's text itself."""
 
         def write(those: list[Message], **options: Any) -> Any:
             return self._tokenizer.apply_chat_template(

@@ -129,7 +129,7 @@ def _refused(place: str, reason: str) -> DataError:
 
 @dataclass
 class _Encoding:
-    """Reads files and writes what they say."""
+    """Reads files and writes their samples."""
 
     writer: StoreWriter
     text: TextEncoder

@@ -1,4 +1,4 @@
-"""Mixes sources: which row of which source each row of a step is."""
+"""Mixes sources: the source and row of each row of a step."""
 
 from collections import OrderedDict
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Random numbers that follow from what they are for: a seed and a place, and nothing before.
+"""Random numbers that depend on a seed and a place alone, and on nothing before.
 
 They are SplitMix64's (doi:10.1145/2714064.2660195), computed here, so that an order is the same on
 every machine and with every version of every library.
@@ -12,7 +12,7 @@ _MASK = (1 << 64) - 1
 
 
 def key(*numbers: int) -> int:
-    """Return 64 bits that follow from numbers: the seed of what these numbers name."""
+    """Return a 64-bit seed that depends on these numbers."""
     mixed = 0
     for number in numbers:
         mixed = int(_mix(np.array([(mixed + _STEP + number) & _MASK], np.uint64))[0])

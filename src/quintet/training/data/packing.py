@@ -1,4 +1,4 @@
-"""Documents into rows: what a row holds follows from its number alone."""
+"""Documents into rows: the contents of a row depend on its number alone."""
 
 from collections import OrderedDict
 from collections.abc import Sequence

@@ -94,7 +94,7 @@ def text_of(record: Mapping[str, Any], name: str) -> str:
 
 
 def hash_of(content: object) -> bytes:
-    """Return the hash of a text, or of what JSON has.
+    """Return the hash of a text, or of a value that JSON can hold.
 
     Raises:
         Bad: it holds half of a surrogate pair.

@@ -1,4 +1,4 @@
-"""The `[data]` table: which files, what is in them, and how rows are made of it."""
+"""The `[data]` table: the files, the kind of their records, and the making of rows."""
 
 import math
 from collections.abc import Mapping

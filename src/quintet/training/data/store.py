@@ -169,7 +169,7 @@ class StoreWriter:
         shutil.rmtree(self._new, ignore_errors=True)
 
     def _tidy(self) -> None:
-        """Take away what processes that were killed have left of this store."""
+        """Remove the leavings of killed processes from this store."""
         for old in self.folder.parent.glob(f".{self.folder.name}.*"):
             times = [path.stat().st_mtime for path in (old, *old.iterdir())]
             if time.time() - max(times) > ABANDONED:
@@ -190,7 +190,7 @@ class StoreWriter:
         self._length += len(ids)
 
     def forget(self) -> None:
-        """Take back what was added to the document that is being written.
+        """Take back the tokens added to the document that is being written.
 
         Raises:
             SaveError: the disk is full.

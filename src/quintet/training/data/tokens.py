@@ -1,4 +1,4 @@
-"""Batches of what stores hold."""
+"""Batches of the contents of stores."""
 
 from collections.abc import Iterator, Sequence
 

@@ -74,7 +74,7 @@ class Turns:
         self._end, self._calls_end = end, calls_end
 
     def written(self, messages: Sequence[Message], first: int, *, last: bool) -> list[Written]:
-        """Return texts that hold each answer once, behind what it is the answer to.
+        """Return texts that hold each answer once, behind its prompt.
 
         Args:
             messages: with thoughts `apart`.

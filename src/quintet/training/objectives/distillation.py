@@ -20,7 +20,7 @@ from quintet.training.progress import Progress
 
 
 class Distillation:
-    """Predict what a teacher predicts, and the next token.
+    """Predict the teacher's distribution, and the next token.
 
     With logits z of the model and t of the teacher where each of N labels x_n is predicted, and
     q = softmax(t/τ), p = softmax(z/τ), what is minimised is

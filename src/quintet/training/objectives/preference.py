@@ -100,7 +100,7 @@ class Preference:
         at: Progress,
         summed: Callable[[Tensor], Tensor] = lambda own: own,
     ) -> "Preference":
-        """Return this with what the reference makes of all parts, where its layers are spread.
+        """Return a copy with the reference's results for all parts, if its layers are spread.
 
         The processes that have them are at different parts as soon as the model learns.
         """
@@ -189,7 +189,7 @@ def _log_probs(model: CausalLMHead, batch: Batch, labels: Tensor) -> Tensor | No
 
 @contextmanager
 def _as_reference(model: CausalLMHead, name: str | None) -> Iterator[None]:
-    """Leave out a model's adapters, or all but one, and what training draws at random."""
+    """Switch off a model's adapters, or all but one, and the random choices of training."""
     adapters = model.adapters
     if adapters is None or not adapters.active:
         raise InputError(

@@ -133,7 +133,7 @@ class Optimizers:
         return {name: tensor for name, _, tensor in self._state()}
 
     def whole_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the whole state, of what all processes have; all read it to its end.
+        """Yield the whole state in all processes; all have to read it to its end.
 
         Where these have other layers, the first alone gets all of it.
         """

@@ -40,7 +40,7 @@ class Group:
 def grouped(
     model: PreTrainedModel, settings: OptimizerSettings, whole: nn.Module | None = None
 ) -> list[Group]:
-    """Put every parameter that is to be trained into one group; freeze what is to be frozen.
+    """Put each parameter to train into one group; freeze those to freeze.
 
     Where other processes have other layers, the groups are those of the whole model in all of them,
     some of them without a parameter here.
@@ -91,7 +91,7 @@ def _local(groups: list[Group], model: PreTrainedModel) -> list[Group]:
 
 
 def _named(groups: list[Group]) -> list[Group]:
-    """Call each group by who moves it and what it holds, and no two alike."""
+    """Name each group uniquely by its optimizer and contents."""
     names: list[str] = []
     for group in groups:
         holds = ", ".join(dict.fromkeys(m.role for m in group.members))
@@ -167,7 +167,7 @@ def _all_matched(
 
 
 def table(groups: Iterable[Group]) -> str:
-    """Write who moves what, one group a line."""
+    """Describe the groups, one a line."""
     rows = [("", "learning rate", "decay", "tensors", "numbers"), *_rows(groups)]
     widths = [max(len(row[i]) for row in rows) for i in range(5)]
     return "\n".join(

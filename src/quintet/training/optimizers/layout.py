@@ -28,7 +28,7 @@ class Layout(Protocol):
         ...
 
     def learn(self, parts: Sequence[Callable[[], Tensor | None]], sizes: Sequence[int]) -> None:
-        """Add to the gradients what parts of a step come to.
+        """Accumulate the gradients of a step's parts.
 
         Args:
             parts: each runs the model over a part, and returns what it adds to what is minimised;
@@ -90,7 +90,7 @@ class LocalLayout:
         return call()
 
     def learn(self, parts: Sequence[Callable[[], Tensor | None]], sizes: Sequence[int]) -> None:
-        """Add to the gradients what parts of a step come to, one after the other."""
+        """Accumulate the gradients of a step's parts, one after the other."""
         for part in parts:
             if (loss := part()) is not None:
                 loss.backward()  # type: ignore[no-untyped-call]

@@ -32,7 +32,7 @@ class Masters:
         precision: Precision,
         layout: Layout,
     ) -> None:
-        """Round the model if the precision asks for it, and keep what it was.
+        """Round the model if the precision asks for it, and keep the original as masters.
 
         Raises:
             ConfigError: the model has weights of fewer bits than the precision.
@@ -82,7 +82,7 @@ class Masters:
         return self._weights[name]
 
     def assign_gradients(self) -> None:
-        """Give what is stepped the gradients of what this process has part of."""
+        """Give the stepped tensors the gradients of their parameters."""
         for parameter, part in self._parts:
             part.grad = None if parameter.grad is None else self._layout.local(parameter.grad)
         for name in self._layout.awaited & self._weights.keys():

@@ -37,7 +37,7 @@ class Muon(torch.optim.Optimizer):
         matrices: int = 1,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Take parameters, or tables with them and what is different for them.
+        """Take parameters, or tables of them with options of their own.
 
         Args:
             params: tensors of two axes or more, or tables as of all of PyTorch's optimisers.
@@ -60,7 +60,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Move every parameter that has a gradient; return what `closure` does, if there is one."""
+        """Step every parameter that has a gradient; return the closure's result, if any."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

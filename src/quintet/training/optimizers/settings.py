@@ -37,7 +37,7 @@ class GroupSettings:
     matrices: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be done."""
+        """Refuse settings that cannot be carried out."""
         if not self.match:
             raise SettingError.value("match", self.match, "has to name roles or patterns of names")
         _at_least_0(self.learning_rate, "learning_rate")
@@ -90,7 +90,7 @@ class OptimizerSettings:
     groups: tuple[GroupSettings, ...] = ()
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be done."""
+        """Refuse settings that cannot be carried out."""
         _at_least_0(self.learning_rate, "learning_rate")
         _at_least_0(self.weight_decay, "weight_decay")
         _at_least_0(self.eps, "eps")

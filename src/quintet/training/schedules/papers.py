@@ -115,7 +115,7 @@ class DeepseekV3PredictionWeight:
     kind: Literal["deepseek-v3-prediction"] = "deepseek-v3-prediction"
 
     def __post_init__(self) -> None:
-        """Refuse what is no number."""
+        """Refuse values that are no numbers."""
         finite(self.first, "first")
         finite(self.then, "then")
 
@@ -137,7 +137,7 @@ class DeepseekV3BiasSpeed:
     kind: Literal["deepseek-v3-bias"] = "deepseek-v3-bias"
 
     def __post_init__(self) -> None:
-        """Refuse what is no number."""
+        """Refuse values that are no numbers."""
         finite(self.speed, "speed")
 
     def at(self, progress: Progress) -> float:
@@ -146,7 +146,7 @@ class DeepseekV3BiasSpeed:
 
 
 class Growing:
-    """A batch that grows linearly in what was read, and then stays.
+    """A batch that grows linearly in the tokens read, and then stays.
 
     Attributes:
         last: the batch it grows to, in whatever it is counted.
@@ -163,7 +163,7 @@ class Growing:
         return Course(finite(self.first, "first"), [Segment(self.until, finite(self.last, "last"))])
 
     def __post_init__(self) -> None:
-        """Refuse what is no number."""
+        """Refuse values that are no numbers."""
         _ = self._course
 
     def at(self, progress: Progress) -> float:

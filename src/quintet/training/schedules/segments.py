@@ -118,7 +118,7 @@ def _checked(segment: Segment, key: str) -> Span:
 
 @dataclass(frozen=True)
 class Segments:
-    """Go from value to value: what all other schedules here are made of.
+    """Go from value to value: the base of all other schedules here.
 
     Attributes:
         segments: the stretches in their order; behind the last the value stays.
@@ -130,7 +130,7 @@ class Segments:
     kind: Literal["segments"] = "segments"
 
     def __post_init__(self) -> None:
-        """Refuse what is no course."""
+        """Refuse values that make no course."""
         _ = self._course
 
     @cached_property

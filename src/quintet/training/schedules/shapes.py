@@ -27,7 +27,7 @@ class Rising(ABC):
     warmup: float | str = 0.01
 
     def __post_init__(self) -> None:
-        """Refuse what is no course."""
+        """Refuse values that make no course."""
         finite(self.peak, "peak")
         span(self.warmup, "warmup")
         _ = self._course
