@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from conformance.families import FAMILIES, Family
+from quintet import AutoModelForCausalLM, demo_model
 from quintet.modeling.init_on_meta import init_on_meta
 from quintet.modeling.sizes import measure
+from quintet.serving import Engine, Limits
 
 each_family = pytest.mark.parametrize("family", FAMILIES, ids=str)
 # DeepSeek-V3 as released.
@@ -123,6 +125,36 @@ def test_a_longer_context_and_more_rows_need_more(chat_model: Path, quintet: Any
     assert long["weights"] == short["weights"]
     half = planned(quintet, chat_model, "--dtype", "bfloat16", "--context", 10)
     assert 2 * half["cache"] == short["cache"]
+
+
+def test_drafts_of_prediction_layers_are_counted_as_an_engine_does(
+    chat_model: Path, quintet: Any
+) -> None:
+    demo = demo_model()
+    rows, context = 3, 64
+    model = AutoModelForCausalLM.from_pretrained(demo)
+    with Engine(model, None, Limits(rows=rows, capacity=context), speculate="mtp") as engine:
+        room = engine.room
+    asked = (demo, "--context", context, "--batch", rows)
+    plain = planned(quintet, *asked)
+    drafting = planned(quintet, *asked, "--speculate", "mtp")
+    assert drafting["cache"] == rows * context * room.token == plain["cache"] + drafting["drafts"]
+    assert drafting["needed"] == plain["needed"] + drafting["drafts"]
+    world = ("--device", "cpu", "--dtype", "bfloat16")
+    several = [
+        planned(quintet, *asked, *world, *more)["cache"]["per_token"]
+        for more in ((), ("--speculate", "mtp"))
+    ]
+    assert several[1] - several[0] == drafting["drafts"] / rows / context
+    # What is looked up is the text itself.
+    assert planned(quintet, *asked, "--speculate", "lookup")["needed"] == plain["needed"]
+    for more, message in (
+        ((chat_model, "--speculate", "mtp"), "without layers of multi-token prediction"),
+        ((demo, "--train", "--device", "cpu", "--speculate", "mtp"), "leave one out"),
+    ):
+        result = quintet("plan", *more)
+        assert result.code == 2, result.err
+        assert message in result.err
 
 
 def test_the_longest_context_is_what_is_left(chat_model: Path, quintet: Any) -> None:

@@ -48,6 +48,13 @@ MEMORY = "--device with its own, as in --device h100,memory=96GB"
     help="Rows at once.",
 )
 @click.option(
+    "--speculate",
+    type=click.Choice(["off", "mtp", "lookup"]),
+    default="off",
+    show_default=True,
+    help="How rows draft: prediction layers (mtp) keep something of each token.",
+)
+@click.option(
     "--memory",
     multiple=True,
     help="Of a device, as 24GB or 8x80GB; may be given again.  [default: what this machine has]",
@@ -61,6 +68,7 @@ def command(
     quantize: str | None,
     context: int | None,
     batch: int,
+    speculate: str,
     memory: tuple[str, ...],
     as_json: bool,
     **given: Any,
@@ -78,6 +86,9 @@ def command(
     options.check()
     if options.is_requested and memory:
         raise InputError(f"--memory is of one process's devices; of a world give {MEMORY}")
+    predicts = speculate == "mtp"
+    if options.train and speculate != "off":
+        raise InputError("--speculate is of answers, and --train plans a training; leave one out")
     config = AutoConfig.from_pretrained(_folder(model), **where)
     most = config.max_position_embeddings
     if context is not None and context > most:
@@ -100,9 +111,12 @@ def command(
             context=tokens,
             batch=batch,
             tensors=tensors,
+            predicts=predicts,
         )
     else:
-        facts, reason = _plan(config, dtype, quantize, tokens, batch, memory, tensors)
+        facts, reason = _plan(
+            config, dtype, quantize, tokens, batch, memory, tensors, predicts=predicts
+        )
     facts = {"model": model, **files, **facts}
     show(facts, as_json)
     if reason is not None:
@@ -123,12 +137,14 @@ def too_large(
     context: int,
     batch: int,
     where: dict[str, Any],
+    *,
+    predicts: bool = False,
 ) -> str | None:
     """Return why a model and its cache do not fit here; None if they do, or if that is unknown."""
     if dtype not in DTYPES or quantize not in (None, *QUANTISED):
         return None
     tensors = _files(model, where)[1]
-    return _plan(config, dtype, quantize, context, batch, (), tensors)[1]
+    return _plan(config, dtype, quantize, context, batch, (), tensors, predicts=predicts)[1]
 
 
 def _plan(
@@ -139,18 +155,23 @@ def _plan(
     batch: int,
     memory: tuple[str, ...],
     tensors: "Tensors | None",
+    *,
+    predicts: bool = False,
 ) -> tuple[dict[str, Any], str | None]:
     """Return the facts, and the reason if the model does not fit."""
     import torch
 
     from quintet.modeling.placement import layout, named_dtype
+    from quintet.planning.caches import draft_bytes
 
     computed = config.torch_dtype or torch.bfloat16 if dtype == "auto" else named_dtype(dtype)
     capacity = _capacity(memory)
     device = next(iter(capacity))
     stored = quantize or _stored(config, device, assumed=bool(memory), tensors=tensors)
     size = _size(config, computed, stored, tensors, device)
-    cache = size.cache_bytes(batch, context, computed.itemsize)
+    per_draft = draft_bytes(config, computed.itemsize) if predicts else 0
+    drafts = batch * context * per_draft
+    cache = size.cache_bytes(batch, context, computed.itemsize) + drafts
     working = size.working_bytes(batch, min(PROMPT, context), computed.itemsize)
     working += batch * config.vocab_size * 4
 
@@ -167,6 +188,7 @@ def _plan(
         "weights": Fact(f"{size_of(size.weight_bytes)} in {kind}", size.weight_bytes),
         "held as": Fact(None, kind),
         "cache": Fact(f"{size_of(cache)} for {batch} x {context:,} tokens", cache),
+        **({"drafts": Fact(f"{size_of(drafts)} of the cache", drafts)} if predicts else {}),
         "context": Fact(None, context),
         "rows": Fact(None, batch),
         "working": Fact(f"{size_of(working)}, about", working),
@@ -200,6 +222,7 @@ def _plan(
     per_token = size.cache_bytes(batch, 1, computed.itemsize) - size.cache_bytes(
         batch, 0, computed.itemsize
     )
+    per_token += batch * per_draft
     if per_token:
         most = min(config.max_position_embeddings, left // per_token)
         facts["longest context"] = most

@@ -25,6 +25,7 @@ def plan_in_world(
     context: int,
     batch: int,
     tensors: "Mapping[str, TensorInfo] | None",
+    predicts: bool = False,
 ) -> tuple[dict[str, Any], str | None]:
     """Return the facts, and the reason if no split fits.
 
@@ -46,6 +47,7 @@ def plan_in_world(
         step_tokens=options.step_tokens or 2048,
         itemsize=computed.itemsize,
         cache_dtype=options.cache_dtype or str(computed).removeprefix("torch."),
+        predicts=predicts,
     )
     plan = plan_inference(
         config,

@@ -277,7 +277,7 @@ def _load(
 
     where = {name: given[name] for name in WHERE}
     how = {name: given[name] for name in OF_MODEL}
-    limits = _fitting(wanted, given, bits, where)
+    limits = _fitting(wanted, given, bits, where, predicts=speculate == "mtp")
     opened = open_model(wanted.path, quiet=quiet, **how, **where)
     for name, path in wanted.adapters.items():
         places = {key: where[key] for key in ("local_files_only", "cache_dir")}
@@ -298,7 +298,12 @@ def _load(
 
 
 def _fitting(
-    wanted: Wanted, given: dict[str, Any], bits: int | None, where: dict[str, Any]
+    wanted: Wanted,
+    given: dict[str, Any],
+    bits: int | None,
+    where: dict[str, Any],
+    *,
+    predicts: bool,
 ) -> "Limits":
     """Return the engine's limits, when model and rows fit into the memory there is."""
     from quintet.auto import AutoConfig
@@ -318,12 +323,23 @@ def _fitting(
     if given["rows"] is None and first_device(given["device"]).type != "cpu":
         # How many there are is found when the model is there.
         rows = 1
+    # That a model has no such layers is said by its engine.
+    predicts = predicts and bool(vars(config).get("num_nextn_predict_layers"))
     known = given["dtype"] in DTYPES and given["quantize"] in (None, *QUANTISED)
     if several():
-        reason = too_large_together(config, given, limits, bits) if known else None
+        reason = (
+            too_large_together(config, given, limits, bits, predicts=predicts) if known else None
+        )
     else:
         reason = too_large(
-            wanted.path, config, given["dtype"], given["quantize"], limits.capacity, rows, where
+            wanted.path,
+            config,
+            given["dtype"],
+            given["quantize"],
+            limits.capacity,
+            rows,
+            where,
+            predicts=predicts,
         )
     if reason is not None:
         raise DoesNotFitError(

@@ -101,7 +101,12 @@ def _degrees(sizes: Mapping[str, int]) -> "DistributedConfig":
 
 
 def too_large_together(
-    config: "PreTrainedConfig", given: Mapping[str, Any], limits: "Limits", bits: int | None
+    config: "PreTrainedConfig",
+    given: Mapping[str, Any],
+    limits: "Limits",
+    bits: int | None,
+    *,
+    predicts: bool = False,
 ) -> str | None:
     """Return why a part of a model and of its rows does not fit a process; None if it does.
 
@@ -117,7 +122,7 @@ def too_large_together(
     room, dtype = room_together(), given["dtype"]
     computed = config.torch_dtype or torch.bfloat16 if dtype == "auto" else named_dtype(dtype)
     cache_dtype = str(computed).removeprefix("torch.") if bits is None else f"int{bits}"
-    work = Workload(limits.capacity, limits.rows, PIECE, computed.itemsize, cache_dtype)
+    work = Workload(limits.capacity, limits.rows, PIECE, computed.itemsize, cache_dtype, predicts)
     sizes = {f"{name}_size": given[name] for name in ("tp", "ep", "pp") if given[name] is not None}
     need = share_of(config, sizes, processes(), work, computed, given["quantize"])
     if need.total <= room:

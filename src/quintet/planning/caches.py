@@ -60,6 +60,24 @@ def token_bytes(layer: LayerCache, cache_dtype: str) -> float:
     return layer.numbers * int(cache_dtype.removeprefix("int")) / 8 + 2 * layer.vectors
 
 
+def draft_bytes(config: PreTrainedConfig, itemsize: int) -> int:
+    """Return the bytes of a token that prediction layers keep where they draft for a row.
+
+    They keep what other layers do, never in fewer bits, and read a state and an embedding of each
+    token of a prompt once it is done.
+
+    Raises:
+        InputError: the model has no prediction layers.
+    """
+    depth = int(vars(config).get("num_nextn_predict_layers") or 0)
+    if not depth:
+        raise InputError(
+            f"a {config.model_type} without layers of multi-token prediction cannot draft by them; "
+            "take speculate='lookup', or 'off'"
+        )
+    return itemsize * (depth * _of_token(config, 1)[0] + 2 * config.hidden_size)
+
+
 def _of_token(config: PreTrainedConfig, tp: int) -> tuple[int, int]:
     if isinstance(config, DeepseekV2Config | DeepseekV3Config):
         return config.kv_lora_rank + config.qk_rope_head_dim, 2

@@ -19,7 +19,7 @@ from quintet.measurement.flops import attention_flops
 from quintet.models.deepseek_v2 import DeepseekV2Config
 from quintet.models.deepseek_v3 import DeepseekV3Config
 from quintet.models.zamba2 import Zamba2Config
-from quintet.planning.caches import cache_layers, token_bytes
+from quintet.planning.caches import cache_layers, draft_bytes, token_bytes
 from quintet.planning.communication import Network
 from quintet.planning.shares import Model, Stage
 from quintet.planning.world import Split, World
@@ -38,6 +38,7 @@ class Workload:
         step_tokens: the most tokens of prompts that a device runs over at once.
         itemsize: bytes of a number of the hidden states.
         cache_dtype: what the cache keeps numbers in.
+        predicts: whether prediction layers draft.
     """
 
     context: int
@@ -45,6 +46,7 @@ class Workload:
     step_tokens: int = 2048
     itemsize: int = 2
     cache_dtype: str = "bfloat16"
+    predicts: bool = False
 
     def rows_of(self, split: Split) -> int:
         """Return the rows of one group."""
@@ -132,12 +134,16 @@ def footprint(model: Model, split: Split, work: Workload) -> Footprint:
     """Return the memory of the device that needs the most.
 
     Raises:
-        InputError: the model cannot be split so.
+        InputError: the model cannot be split so, or drafts by layers that it does not have.
     """
     layers = cache_layers(model.config, split.tp)
+    drafts = draft_bytes(model.config, work.itemsize) if work.predicts else 0
     found = []
     for number, stage in enumerate(model.stages(split)):
         token = sum(token_bytes(layers[i], work.cache_dtype) for i in stage.layers)
+        if number == split.pp - 1:
+            # Whose states prediction layers read.
+            token += drafts
         row = 4 * sum(layers[i].state for i in stage.layers)
         rows = work.rows_of(split)
         step = min(work.step_tokens, rows * work.context)
