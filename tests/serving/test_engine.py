@@ -161,6 +161,40 @@ def test_what_many_ask_at_once_is_read_once(family: Family) -> None:
     assert state.read == sum(one.shape[1] for one in prompts) - 6 * 128
 
 
+@each
+def test_short_prompts_that_come_together_are_read_together(family: Family) -> None:
+    """With the same answers, in fewer forwards than there are prompts."""
+    model = family.model_of(max_position_embeddings=512)
+    prompts, others_are_there = [prompt_of(40 + 9 * n, n) for n in range(5)], threading.Event()
+
+    def waits(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        assert others_are_there.wait(PATIENCE)
+        return scores
+
+    async def everybody(engine: Engine) -> list[list[Answer]]:
+        own = {"max_new_tokens": 1, "logits_processor": [waits], **PLAIN}
+        first = asyncio.create_task(collected(engine, prompt_of(5, 99), **own))
+        asked = [
+            asyncio.create_task(collected(engine, one, max_new_tokens=3, **PLAIN))
+            for one in prompts
+        ]
+        # Each task asks before it waits for anything.
+        await asyncio.sleep(0)
+        others_are_there.set()
+        await first
+        return await asyncio.gather(*asked)
+
+    with Engine(model, limits=limits(rows=8, capacity=300, piece=512)) as engine:
+        answers = asyncio.run(everybody(engine))
+        state = engine.state
+    for prompt, its in zip(prompts, answers, strict=True):
+        alone = model.generate(prompt, max_new_tokens=3, **PLAIN)
+        assert ids_of(iter(its)) == alone[0, prompt.shape[1] :].tolist()
+    assert state.read == 5 + sum(one.shape[1] for one in prompts)
+    # The first, four at once, and one for which there was no room beside them.
+    assert state.steps_by_kind["chunk"] == 3
+
+
 def test_a_long_prompt_of_one_leaves_time_for_anothers() -> None:
     model = FAMILIES[0].model_of(max_position_embeddings=4096)
 

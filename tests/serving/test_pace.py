@@ -40,16 +40,22 @@ def test_a_prompt_is_read_to_its_end_in_pieces_that_prompts_kernels_take(
 
 def test_pieces_follow_what_was_measured() -> None:
     pace = Pace(Limits(itl_target_ms=200.0, piece=512))
-    assert pace.most(alone=True) == 512
+    assert pace.most(alone=True) == 256
     assert pace.most(alone=False) == 128
     pace.read(10, 100.0)  # too little to tell
     assert pace.most(alone=False) == 128
     pace.read(256, 0.256)
+    assert pace.most(alone=True) == 512
     assert pace.most(alone=False) == 192
     pace.stepped(0.1)
     assert pace.most(alone=False) == 64
     pace.stepped(10.0)
     assert pace.most(alone=False) == 64
+    # Alone in a second, if that is not too short.
+    for token, most in ((0.0025, 384), (0.02, 256)):
+        slow = Pace(Limits(piece=512))
+        slow.read(256, 256 * token)
+        assert slow.most(alone=True) == most
     assert Pace(Limits(itl_target_ms=None, piece=512)).most(alone=False) == 512
     with pytest.raises(InputError, match="itl_target_ms=0"):
         Limits(itl_target_ms=0)

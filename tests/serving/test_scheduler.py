@@ -1,5 +1,7 @@
 """Who is next: any requests, any clock."""
 
+from typing import Any
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -27,8 +29,10 @@ def turn(scheduler: Scheduler, now: float, seconds: float = 1.0) -> list[Job]:
     for job in plan.step:
         run_over(scheduler, job, 1)
     if plan.read is not None:
-        taking.append(plan.read)
-        run_over(scheduler, plan.read, scheduler.piece(plan.read))
+        batch, most = scheduler.reading(plan.read)
+        taking += batch
+        for job in batch:
+            run_over(scheduler, job, min(most, job.known - job.computed))
     if taking:
         scheduler.account(taking, seconds)
     return taking
@@ -71,6 +75,43 @@ def test_all_end_and_nobody_is_forgotten(
         now += 1
         assert now < 5000
     assert all(job.known == job.most for job in everybody)
+
+
+def reading(*prompts: int, decoding: bool = False, **more: Any) -> tuple[list[int], int]:
+    """Return whose prompts the first one is read with, by their lengths, and the most of each."""
+    scheduler = Scheduler(Limits(rows=9, capacity=2048, piece=512, **more), COST)
+    scheduler.pace.read(512, 0.512)
+    for job in (Job(length, 2048) for length in prompts):
+        scheduler.submit(job)
+    plan = scheduler.plan(0.0)
+    assert plan.read is not None
+    if decoding:
+        run_over(scheduler, scheduler.running[-1], prompts[-1])
+    batch, most = scheduler.reading(plan.read)
+    return [job.known for job in batch], most
+
+
+def test_short_prompts_are_read_together() -> None:
+    assert reading(100, 120, 90) == ([100, 120, 90], 120)
+    # As many as a piece has room for, and whoever fits behind one that does not.
+    assert reading(200, 200, 200, 80) == ([200, 200, 80], 200)
+    # Not one that is cut, nor beside one that is, nor what few-token kernels run over.
+    assert reading(100, 700, 90) == ([100, 90], 100)
+    assert reading(700, 100) == ([700], 512)
+    assert reading(100, 32, 33) == ([100, 33], 100)
+    assert reading(32, 100) == ([32], 32)
+    assert reading(100, 120, itl_target_ms=None) == ([100], 100)
+    # While others wait for a token, in as many milliseconds.
+    assert reading(64, 64, 64, 64, 40, decoding=True, itl_target_ms=200.0) == ([64, 64, 64], 64)
+
+
+def test_a_prompt_that_has_to_pause_is_read_alone() -> None:
+    scheduler = Scheduler(Limits(rows=9, capacity=2048), COST)
+    for job in (Job(100, 200), Job(100, 200, stops=(70,)), Job(90, 200)):
+        scheduler.submit(job)
+    first, second, third = scheduler.plan(0.0).admit
+    assert scheduler.reading(first) == ([first, third], 100)
+    assert scheduler.reading(second) == ([second], 70)
 
 
 def test_within_a_scope_who_came_first_is_served_first() -> None:

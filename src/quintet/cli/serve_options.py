@@ -103,9 +103,9 @@ def engine_options(command: Command) -> Command:
         click.option(
             "--piece",
             type=COUNT,
-            default=256,
+            default=512,
             show_default=True,
-            help="Tokens of a prompt read between two steps of the others, at the most.",
+            help="Tokens of prompts read between two steps of the others, at the most.",
         ),
         click.option(
             "--itl-target-ms",

@@ -16,9 +16,10 @@ class Limits:
         rows: how many texts are generated at once.
         capacity: how many tokens of prompt and answer each may have.
         queue: how many requests may wait.
-        piece: how many tokens of a prompt are read at once at the most.
+        piece: how many tokens of prompts are read at once at the most.
         itl_target_ms: how many milliseconds may pass between two tokens of the others while a
-            prompt is read, by pieces that are as much shorter; None for pieces as long as may be.
+            prompt is read, by pieces that are as much shorter; None for pieces as long as may be,
+            each read alone.
         memory: how many bytes the rows under way may hold; None for all that they can.
         ahead: how many tokens of an answer there has to be memory for when it begins.
         patience: how many seconds someone without a row waits until another, who has several,
@@ -32,7 +33,7 @@ class Limits:
     rows: int = 8
     capacity: int = 4096
     queue: int = 64
-    piece: int = 4 * GRID
+    piece: int = 8 * GRID
     itl_target_ms: float | None = 200.0
     memory: int | None = None
     ahead: int = 256

@@ -4,6 +4,9 @@ from quintet.serving.limits import GRID, Limits
 
 # A piece is not so short, nor what is left behind it, that few-token kernels would run over it.
 LEAST_TAIL = 32
+# Where nobody waits for a token, a piece may take so many seconds, after which a client that went
+# is noticed, and it is no shorter than so many tokens for that.
+ALONE, LEAST_ALONE = 1.0, 4 * GRID
 # How much the last measurement counts.
 WEIGHT = 0.3
 
@@ -32,8 +35,11 @@ class Pace:
     def most(self, *, alone: bool) -> int:
         """Return the maximum piece, with or without concurrent decoding."""
         most, target = self.limits.piece, self.limits.itl_target_ms
-        if alone or target is None:
+        if target is None:
             return most
+        if alone:
+            in_time = int(ALONE / self._token) // GRID * GRID if self._token else LEAST_ALONE
+            return min(most, max(in_time, LEAST_ALONE))
         if not self._token:
             # The first tells.
             return min(2 * GRID, most)

@@ -200,7 +200,7 @@ class Runner(PromptReuse):
         if steps:
             self._step(steps, None)
         if plan.read is not None and plan.read in running:
-            self._step([plan.read], self.scheduler.piece(plan.read))
+            self._step(*self.scheduler.reading(plan.read))
 
     def _enter(self, request: Request) -> None:
         text, figures = request.text, self.figures

@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 
 from quintet.errors import QueueFullError
 from quintet.serving.limits import Limits
-from quintet.serving.pace import Pace
+from quintet.serving.pace import LEAST_TAIL, Pace
 
 KEEPS_AFTER = 3
 # So many that came later may get a row before one that has no room yet.
@@ -104,7 +104,7 @@ class Plan(Generic[J]):
         preempt: jobs that give their row back and wait again, in front.
         admit: jobs that get one.
         step: jobs that each get a token, or several.
-        read: a job that reads on in its prompt, by a piece.
+        read: a job that reads on in its prompt, by a piece; `reading` tells who does beside it.
     """
 
     drop: list[J] = field(default_factory=list)
@@ -212,10 +212,37 @@ class Scheduler(Generic[J]):
 
     def piece(self, job: J) -> int:
         """Return the next piece of a job's prompt: to the grid, or to a stop."""
-        alone = not any(other.steps for other in self.running)
-        return self.pace.piece(job.computed, job.known - job.computed, job.stops, alone=alone)
+        return self.pace.piece(
+            job.computed, job.known - job.computed, job.stops, alone=self._nobody_steps
+        )
+
+    def reading(self, first: J) -> tuple[list[J], int]:
+        """Return who reads beside a job, itself included, and the most tokens of each.
+
+        One whose prompt is read to its end takes others along whose prompts are, too: a forward
+        over several short ones takes less time than one over each. Those so short that few-token
+        kernels run over them are read alone, as they are where nobody else is; and all are where
+        prompts are to be cut alike whatever the load.
+        """
+        piece = self.piece(first)
+        batch = [first]
+        ends = LEAST_TAIL < piece == first.known - first.computed
+        if not ends or self.limits.itl_target_ms is None:
+            return batch, piece
+        room = self.pace.most(alone=self._nobody_steps) - piece
+        others = [job for job in self.running if not job.steps and job is not first]
+        for job in sorted(others, key=lambda job: self._had[job.scope]):
+            rest = job.known - job.computed
+            if LEAST_TAIL < rest <= room and self.piece(job) == rest:
+                batch.append(job)
+                room, piece = room - rest, max(piece, rest)
+        return batch, piece
 
     # -- within ------------------------------------------------------------------------------------
+
+    @property
+    def _nobody_steps(self) -> bool:
+        return not any(job.steps for job in self.running)
 
     @property
     def _free(self) -> int:
