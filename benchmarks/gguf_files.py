@@ -1,5 +1,9 @@
-"""Our checkpoints as llama.cpp's files, with the same weights; its own quantiser makes the rest."""
+"""Our checkpoints as llama.cpp's files, with the same weights.
 
+Its own quantiser makes those of fewer bits, where its Python package is here; else ours does.
+"""
+
+import importlib.util
 import warnings
 from pathlib import Path
 
@@ -13,11 +17,11 @@ def convert(checkpoint: Path, target: Path, weights: str) -> Path:
     if target.is_file():
         return target
     print(f"writing {target}", flush=True)
-    if weights == "BF16":
+    if weights == "BF16" or importlib.util.find_spec("llama_cpp") is None:
         with warnings.catch_warnings():
             # They have no tokenizer: what is measured are ids.
             warnings.filterwarnings("ignore", message=".*no tokenizer")
-            export_gguf(checkpoint, target, dtype="BF16")
+            export_gguf(checkpoint, target, dtype=weights)
         return target
     source = convert(checkpoint, target.parent / f"{checkpoint.name}-BF16.gguf", "BF16")
     # A file is there whole or not at all.

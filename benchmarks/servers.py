@@ -211,6 +211,13 @@ class Server:
         except ValueError:
             return status, None
 
+    def metrics(self) -> dict[str, float]:
+        """Return the numbers of /metrics, by their names with labels."""
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=10) as answer:
+            lines = answer.read().decode().splitlines()
+        pairs = (line.rpartition(" ") for line in lines if not line.startswith("#"))
+        return {name: float(value) for name, _, value in pairs}
+
     def close(self, within: float = 20.0) -> int | None:
         """End the process, and return its code; None where it had to be killed."""
         if self.process.poll() is None:

@@ -82,6 +82,8 @@ class Seat:
         command = [
             sys.executable, "-m", "quintet", "bench", "serve", self.server.url, "--json", "--quiet",
             "--workload", workload, "--clients", str(clients), "--seconds", f"{seconds:.1f}",
+            # A whole conversation of several turns would take as long as what is measured.
+            "--warm", str(int(SHAPES[workload].turns == 1)),
             "--cut", "--seed", str(seed), "--timeout", str(SETTLES + 2 * seconds),
             "--body", json.dumps(self.server.body(out)), *self._name,
         ]  # fmt: skip

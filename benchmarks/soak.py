@@ -257,14 +257,10 @@ async def _idle(server: Server) -> None:
 
 def _kept(server: Server) -> dict[str, float]:
     """Return the numbers of /metrics that say what an idle server holds and has refused."""
-    import urllib.request
-
-    with urllib.request.urlopen(f"{server.url}/metrics", timeout=10) as answer:
-        lines = answer.read().decode().splitlines()
     wanted = ("quintet_num_", "quintet_rows", "quintet_prefix_cache_bytes", "quintet_request")
     return {
-        name: float(value)
-        for name, _, value in (line.rpartition(" ") for line in lines)
+        name: value
+        for name, value in server.metrics().items()
         if name.startswith(wanted) and "_bucket" not in name
     }
 

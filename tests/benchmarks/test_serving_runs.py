@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks.servers import KINDS
 from benchmarks.serving_files import write_tokenizer
+from benchmarks.serving_findings import Finding, table
 from benchmarks.serving_load import render
 from benchmarks.soak import slope, verdict
 from quintet import AutoTokenizer
@@ -116,3 +117,19 @@ def test_servers_are_asked_for_what_they_know() -> None:
     theirs = next(kind for kind in KINDS if kind.name == "transformers bf16")
     config = theirs.body["generation_config"].format(out=7)
     assert json.loads(config) == {"max_new_tokens": 7, "min_new_tokens": 7, "do_sample": False}
+
+
+def test_a_target_is_a_least_or_a_most() -> None:
+    for measured, least, met in ((0.96, True, False), (0.97, True, True), (0.98, True, True)):
+        assert Finding("T2", "x", 0.97, measured, least=least).met == met
+        assert Finding("T4", "x", 0.97, measured).met == (measured <= 0.97)
+    rows = table(
+        [
+            Finding("T2", "one client", 0.97, 0.9, least=True),
+            Finding("T5", "a gap", 220, 199.6, unit=" ms"),
+        ]
+    ).splitlines()
+    assert rows[2:] == [
+        "| T2 | one client | ≥ 0.97 | 0.9 | missed |",
+        "| T5 | a gap | ≤ 220 ms | 200 ms | met |",
+    ]
