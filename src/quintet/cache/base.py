@@ -218,8 +218,8 @@ class Cache:
     @property
     def nbytes(self) -> int:
         """The bytes of all layers."""
-        beside = 0 if self.companion is None else self.companion.nbytes
-        return beside + sum(slot.nbytes for slot in self._slots())
+        companion_bytes = 0 if self.companion is None else self.companion.nbytes
+        return companion_bytes + sum(slot.nbytes for slot in self._slots())
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -324,13 +324,13 @@ class Cache:
         Raises:
             InputError: a row does not reach that far.
         """
-        at = int(position)
-        if at < 0 or not _are_all(self._lengths >= at):
+        start = int(position)
+        if start < 0 or not _are_all(self._lengths >= start):
             raise InputError(
-                f"cache_position starts at {at}, but the cache holds {self.get_seq_length()} "
+                f"cache_position starts at {start}, but the cache holds {self.get_seq_length()} "
                 "tokens; a forward continues where the cache ends, or from before that"
             )
-        self.crop(at)
+        self.crop(start)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows `indices` (N,), in that order."""

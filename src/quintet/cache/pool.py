@@ -101,10 +101,11 @@ class PooledCache(PoolRows):
         taken = [length] * batch if counts is None else counts.tolist()
         ends = [row.length + tokens for row, tokens in zip(rows, taken, strict=True)]
         if (needed := max(ends)) > self.capacity:
-            at = ends.index(needed)
+            longest_row = ends.index(needed)
             raise ContextLengthError(
-                f"the pool has room for capacity={self.capacity} tokens a row, row {at} holds "
-                f"{rows[at].length} and was given {taken[at]} more; make a larger one"
+                f"the pool has room for capacity={self.capacity} tokens a row, row {longest_row} "
+                f"holds {rows[longest_row].length} and was given {taken[longest_row]} more; make a "
+                "larger one"
             )
         if not len(self._table):
             self._join(batch)

@@ -279,16 +279,16 @@ class RecurrentSlot:
                 "taken back"
             )
         self._recorder.cancel()
-        left = lengths - snapshot.lengths
+        remaining = lengths - snapshot.lengths
         W = 1 if self.window is None else self.window.shape[1] + 1
         window, state = (
             None if x is None else x.clone() for x in (snapshot.window, snapshot.state)
         )
         since, snapshot.since = snapshot.since, []
         for taken in since:
-            left = left.to(taken.device) if isinstance(left, Tensor) else left
-            counts = _smaller(left, taken.counts)
-            left = left - counts
+            remaining = remaining.to(taken.device) if isinstance(remaining, Tensor) else remaining
+            counts = _smaller(remaining, taken.counts)
+            remaining = remaining - counts
             snapshot.since.append(taken := taken.first(counts))
             window, state = taken.after(window, state, W)
         if window is None or state is None:

@@ -181,10 +181,12 @@ class TokenRows(TokenKind):
 
     def select(self, rows: Tensor) -> None:
         """Keep the rows (N,), in that order; rows may repeat."""
-        moved = [(to, at) for to, at in enumerate(rows.tolist()) if to != at]
-        contents = {at: self.read(at, 0, self._table[at].length) for _, at in moved}
-        for to, at in moved:
-            self.write(to, 0, contents[at])
+        moved = [
+            (target, source) for target, source in enumerate(rows.tolist()) if target != source
+        ]
+        contents = {source: self.read(source, 0, self._table[source].length) for _, source in moved}
+        for target, source in moved:
+            self.write(target, 0, contents[source])
 
     def crop(self, lengths: int | Tensor) -> None:
         """Do nothing: tokens behind a row's length are never read."""

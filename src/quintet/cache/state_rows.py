@@ -112,8 +112,8 @@ class StateRows:
         """Write the result of `read` into a row; zeros for none."""
         if content and not self._buffers.whole:
             self._allocate(content)
-        for at, buffer in enumerate(self._buffers.whole):
-            buffer[index] = content[at] if content else 0
+        for place, buffer in enumerate(self._buffers.whole):
+            buffer[index] = content[place] if content else 0
 
     def copy(self, source: int, target: int) -> None:
         """Copy the state of one row over another."""
@@ -181,10 +181,12 @@ class StateRows:
 
     def select(self, rows: Tensor) -> None:
         """Keep the rows (N,), in that order; rows may repeat."""
-        moved = [(to, at) for to, at in enumerate(rows.tolist()) if to != at]
-        contents = {at: self.read(at) for _, at in moved}
-        for to, at in moved:
-            self.write(to, contents[at])
+        moved = [
+            (target, source) for target, source in enumerate(rows.tolist()) if target != source
+        ]
+        contents = {source: self.read(source) for _, source in moved}
+        for target, source in moved:
+            self.write(target, contents[source])
 
     def crop(self, lengths: int | Tensor) -> None:
         """Return to lengths at which the rows have snapshots.

@@ -167,9 +167,9 @@ class _Search:
         enough = options.early_stopping is True and bool(self.ended.all())
         if enough or bool(stops.all()) or not bool(self.improves.any()):
             return run.text.ids.new_empty(0)
-        now = self.running
+        running = self.running
         return torch.stack(
-            (now.rows[:, :, step].flatten().long(), now.tokens[:, :, step].flatten())
+            (running.rows[:, :, step].flatten().long(), running.tokens[:, :, step].flatten())
         )
 
     def found(self) -> Found:
@@ -257,12 +257,12 @@ def _hold(
     scores = taken.scores / float(length) ** options.length_penalty
     for barred in (full, ~improves, ~new):
         scores = scores + barred * _NEVER
-    both = _Beams(
+    candidates = _Beams(
         torch.cat((ends.tokens, taken.tokens), dim=1),
         torch.cat((ends.rows, taken.rows), dim=1),
         torch.cat((ends.scores, scores), dim=1),
     )
-    best, places = both.best(both.scores, N)
+    best, places = candidates.best(candidates.scores, N)
     return best, torch.cat((ended, new), dim=1).gather(1, places)
 
 

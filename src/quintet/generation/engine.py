@@ -259,9 +259,9 @@ class Engine(EngineRows):
             return self._run_now(going, pieces)
         begun = gathered(ahead.values())
         if len(ahead) < len(going):
-            now = [number for number, one in enumerate(going) if one not in ahead]
-            rest = [pieces[number] for number in now]
-            logits = self._run_now([going[number] for number in now], rest)
+            numbers = [number for number, one in enumerate(going) if one not in ahead]
+            rest = [pieces[number] for number in numbers]
+            logits = self._run_now([going[number] for number in numbers], rest)
             own = iter(torch.split(begun, 1))
             others = iter(torch.split(logits, [piece.keep for piece in rest]))
             begun = torch.cat([next(own if one in ahead else others) for one in going])

@@ -27,8 +27,8 @@ class EngineRows:
     @property
     def nbytes(self) -> int:
         """The bytes of the rows."""
-        beside = 0 if self._prediction is None else self._prediction.nbytes
-        return self._rows.cache.nbytes + beside
+        prediction_bytes = 0 if self._prediction is None else self._prediction.nbytes
+        return self._rows.cache.nbytes + prediction_bytes
 
     def bytes_of_rows(self) -> tuple[int, int]:
         """Return the bytes of a row without tokens, and of each token."""

@@ -72,7 +72,7 @@ def heal(prompt: Prompt, tokenizer: PreTrainedTokenizer | None, vocab_size: int)
     single = TokenBuffer(prompt.ids, prompt.padding).lengths() < 2
     if bool(single.all()):
         return Healing(prompt, [])
-    some = bool(single.any())
+    any_single = bool(single.any())
     B, T = prompt.ids.shape
     columns = torch.arange(T - 1, device=single.device, dtype=torch.long).repeat(B, 1)
     columns[single, -1] = T - 1
@@ -87,7 +87,7 @@ def heal(prompt: Prompt, tokenizer: PreTrainedTokenizer | None, vocab_size: int)
     return Healing(
         Prompt(ids, ids, ids, padding, prompt.before, positions),
         [HealedTokenLogitsProcessor(allowed, length)],
-        single if some else None,
+        single if any_single else None,
     )
 
 

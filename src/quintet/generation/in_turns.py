@@ -140,8 +140,8 @@ def _choose(groups: list[_Group], agreement: Agreement) -> None:
                 agreement.decided(choose)
             except BaseException:
                 # The others have begun with these, and end when they ask for this group's tokens.
-                again = groups[:place] if number < room else []
-                for other in groups[place + 1 :] + again:
+                waiting = groups[:place] if number < room else []
+                for other in groups[place + 1 :] + waiting:
                     if not other.over:
                         other.forward()
                 raise

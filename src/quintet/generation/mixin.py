@@ -160,7 +160,7 @@ class GenerationMixin(DecodeHelpers):
                 # Whoever reads what is streamed must not wait for what will never come.
                 exit_stack.callback(streamer.end)
             if agreement is not None:
-                exit_stack.enter_context(agreement.undisturbed())
+                exit_stack.enter_context(agreement.agreed_interrupts())
                 check_alike(agreement, given, self.generation_config)
             if adapter_names is not None:
                 exit_stack.enter_context(self.each_row(adapter_names, copied=True))

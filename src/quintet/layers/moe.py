@@ -85,16 +85,16 @@ class ExpertBlock(FusedPart):
         """Route tokens (N, C); when a layer is recomputed, repeat the first run's choice."""
         choices = None if notes is None else notes.choices
         # What somebody put in its place need not know of choices.
-        again = choices is not None and isinstance(self.gate, ExpertRouter)
-        output: tuple[Tensor, Tensor, Tensor] = self.gate(x, choices) if again else self.gate(x)
+        replays = choices is not None and isinstance(self.gate, ExpertRouter)
+        output: tuple[Tensor, Tensor, Tensor] = self.gate(x, choices) if replays else self.gate(x)
         return output
 
 
 def run_mlp(mlp: nn.Module, x: Tensor, notes: Notes, *, routed: bool) -> Tensor:
     """Apply an MLP, or an expert block that notes its router logits, to x."""
     # What somebody put in their place need not know of notes that nobody asked for.
-    again = notes.choices is not None and isinstance(mlp, ExpertBlock)
-    noted = routed and (notes.router_logits is not None or again)
+    replays = notes.choices is not None and isinstance(mlp, ExpertBlock)
+    noted = routed and (notes.router_logits is not None or replays)
     output: Tensor = mlp(x, notes=notes) if noted else mlp(x)
     return output
 

@@ -68,7 +68,11 @@ class Recompute:
         return self if index % self.every_n_layers == 0 else None
 
     def run(
-        self, layer: nn.Module, hidden: Tensor, context: ForwardContext, more: Mapping[str, Tensor]
+        self,
+        layer: nn.Module,
+        hidden: Tensor,
+        context: ForwardContext,
+        tensors: Mapping[str, Tensor],
     ) -> Any:
         """Apply a layer to (B, T, C) and more, and keep its notes."""
         weighed: list[int] = []
@@ -79,7 +83,7 @@ class Recompute:
             # Notes of its own, so that no second run adds to those of the first.
             notes = context.notes.like()
             notes.choices = None if choices is None else choices.again()
-            named = dict(zip(more, others, strict=True))
+            named = dict(zip(tensors, others, strict=True))
             own = replace(context, embeds=embeds, notes=notes)
             with placed(context.placing):
                 output = layer(hidden, context=own, **named)
@@ -88,7 +92,7 @@ class Recompute:
             return output, *weights, *(notes.router_logits or ())
 
         # The reentrant way knows no tensors but those it gives and gets.
-        output, *noted = self._checkpointed(noting, hidden, context.embeds, *more.values())
+        output, *noted = self._checkpointed(noting, hidden, context.embeds, *tensors.values())
         for weights in noted[: weighed[0]]:
             context.notes.note_weights(weights)
         for logits in noted[weighed[0] :]:

@@ -52,7 +52,7 @@ def adapted(
     pairs = _pairs(adapters, use)
     if pairs is None:
         added = [adapter[str(use)](x) for adapter in adapters]
-        return [y + more for y, more in zip(project(x, *maps), added, strict=True)]
+        return [y + addition for y, addition in zip(project(x, *maps), added, strict=True)]
     downs, ups = pairs
     output = project(x, *maps, *downs)
     n = len(maps)
@@ -269,9 +269,9 @@ class SharedTransformer(PlainModule):
         self, hidden_states: Tensor, context: ForwardContext, *, layer_idx: int, use: int
     ) -> Tensor:
         """Map (B, T, C) to (B, T, C), and note the attention weights."""
-        beside = self.input_layernorm(torch.cat((hidden_states, context.embeds), dim=-1))
+        normalized = self.input_layernorm(torch.cat((hidden_states, context.embeds), dim=-1))
         attended, weights = self.self_attn(
-            hidden_states=beside, context=context, layer_idx=layer_idx, use=use
+            hidden_states=normalized, context=context, layer_idx=layer_idx, use=use
         )
         context.notes.note_weights(weights)
         output: Tensor = self.feed_forward(self.pre_ff_layernorm(attended), use=use)

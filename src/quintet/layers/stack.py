@@ -129,11 +129,11 @@ class LayerRun:
             x.expand(B, *x.shape[1:])[real] for x in (context.cos, context.sin, context.embeds)
         )
         starts = context.whole.starts(B)
-        some = [(row, starts[row], n) for row, n in enumerate(counts.tolist()) if n]
-        if not some:
+        active = [(row, starts[row], n) for row, n in enumerate(counts.tolist()) if n]
+        if not active:
             return None
         packed = self.stack.run(
-            hidden[real], parts.Tokens(cos, sin, embeds, *zip(*some, strict=True)), buffers
+            hidden[real], parts.Tokens(cos, sin, embeds, *zip(*active, strict=True)), buffers
         )
         if packed is None:
             return None
@@ -191,13 +191,13 @@ def gather(
     runs = []
     for group in grouped:
         specs = list(chain.from_iterable(found or () for _, found in group))
-        behind = norm_of(final_norm) if specs and group is grouped[-1] else None
-        if behind is not None:
-            specs.append(PartSpec(parts.FinalNorm(behind), _nothing))
+        last_norm = norm_of(final_norm) if specs and group is grouped[-1] else None
+        if last_norm is not None:
+            specs.append(PartSpec(parts.FinalNorm(last_norm), _nothing))
         shared_buffers = [spec.shared_buffer for spec in specs]
         stack = Stack.of([spec.part for spec in specs], C, dtype, shared_buffers) if specs else None
         own = tuple(layer for layer, _ in group)
-        runs.append(LayerRun(own, stack, tuple(specs), behind is not None))
+        runs.append(LayerRun(own, stack, tuple(specs), last_norm is not None))
     return tuple(runs)
 
 

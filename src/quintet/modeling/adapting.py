@@ -101,12 +101,12 @@ class Adapting(AdaptedRows):
                 "local_files_only": local_files_only,
                 "subfolder": subfolder,
             }
-            more = dict(adapter_kwargs or {})
-            if unknown := sorted(more.keys() - where_from.keys()):
+            hub_options = dict(adapter_kwargs or {})
+            if unknown := sorted(hub_options.keys() - where_from.keys()):
                 raise InputError(
                     f"adapter_kwargs has {shown(unknown)}; there are {', '.join(where_from)}"
                 )
-            root, found, files = open_adapter(peft_model_id, **where_from | more)
+            root, found, files = open_adapter(peft_model_id, **where_from | hub_options)
             config, where = config or found, where if weights is not None else str(root)
             weights = weights or files
         if config is None or weights is None:

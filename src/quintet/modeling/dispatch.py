@@ -27,11 +27,11 @@ def dispatch_model(model: ModelCore, placement: Placement, parts: Sequence[Model
         model.to(placement.device_of(""))
         return
     for part in parts:
-        at = placement.device_of(part.path)
+        device = placement.device_of(part.path)
         for module in model.get_submodule(part.path).modules():
             for name, buffer in module.named_buffers(recurse=False):
-                if buffer.device != at and name in module._non_persistent_buffers_set:
-                    setattr(module, name, buffer.to(at))
+                if buffer.device != device and name in module._non_persistent_buffers_set:
+                    setattr(module, name, buffer.to(device))
     _hook(model, placement, parts)
 
 

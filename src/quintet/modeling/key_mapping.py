@@ -114,13 +114,13 @@ def map_keys(
     plan: dict[str, list[Piece]] = {}
     # A config may ask for more experts than anything could list: what takes more pieces than the
     # files have tensors is not all there, and is asked for as it is in the model.
-    left = len(tensors)
+    remaining = len(tensors)
     for name, shape in expected.items():
         named = on_disk(name)
         count = count_pieces(named, shape, model.expert_stacks)
         stacked = count > 1 and stored_as is not None and stored_as.stored(named, shape, tensors)
-        whole = named in tensors or bool(stacked) or count > max(left, 1)
-        left -= 0 if whole else count
+        whole = named in tensors or bool(stacked) or count > max(remaining, 1)
+        remaining -= 0 if whole else count
         plan[name] = [Piece(named, shape)] if whole else pieces(named, shape, model.expert_stacks)
     aliases: dict[str, str] = {}
     for alias, name in tied.items():

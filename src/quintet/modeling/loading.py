@@ -250,12 +250,13 @@ def _config(
         return cls.config_class.from_pretrained(config, **where, **overrides)
     if config is not None:
         replaced = copy.deepcopy(cls.config_class.of(config))
-        more = dict(overrides)
-        if (attention := more.pop("attn_implementation", None)) is not None:
+        remaining = dict(overrides)
+        if (attention := remaining.pop("attn_implementation", None)) is not None:
             replaced.attn_implementation = attention
-        if more:
+        if remaining:
             raise InputError(
-                f"{', '.join(more)}: give either a config or keys to replace in the checkpoint's"
+                f"{', '.join(remaining)}: give either a config or keys to replace in the "
+                "checkpoint's"
             )
         return replaced
     if source is None or root is None:
@@ -321,8 +322,11 @@ def _warn(model: ModelCore, where: str, mapping: KeyMapping) -> None:
 def _predicts(name: str, config: PreTrainedConfig) -> bool:
     """Return whether a tensor belongs to a prediction layer, which classifiers do not have."""
     found = re.match(r"model\.layers\.(\d+)\.", name)
-    first, more = config.num_hidden_layers, vars(config).get("num_nextn_predict_layers") or 0
-    return found is not None and first <= int(found[1]) < first + more
+    first, prediction_layers = (
+        config.num_hidden_layers,
+        vars(config).get("num_nextn_predict_layers") or 0,
+    )
+    return found is not None and first <= int(found[1]) < first + prediction_layers
 
 
 def _check_overrides(cls: type[ModelCore], given: Mapping[str, Any], known: list[str]) -> None:

@@ -61,8 +61,8 @@ class MtpDecoderModel(MoeDecoderModel):
     def prediction_layers(self) -> list[PredictionLayer]:
         """Return the layers behind the main ones."""
         # A slice of a list of modules would be a module, and this is asked at every step.
-        behind = islice(self.layers, self.config.num_hidden_layers, None)
-        return [layer for layer in behind if isinstance(layer, PredictionLayer)]
+        further = islice(self.layers, self.config.num_hidden_layers, None)
+        return [layer for layer in further if isinstance(layer, PredictionLayer)]
 
     def look_ahead(
         self,
@@ -312,8 +312,8 @@ class MtpCausalLMHead(MoeCausalLMHead):
 
     def _prediction_prefixes(self) -> list[str]:
         L = self.config.num_hidden_layers
-        behind = range(L, L + len(self.model.prediction_layers()))
-        return [f"{self.base_model_prefix}.layers.{index}." for index in behind]
+        indices = range(L, L + len(self.model.prediction_layers()))
+        return [f"{self.base_model_prefix}.layers.{index}." for index in indices]
 
     def _check_look_ahead(self, past: Cache | LegacyCache | None) -> None:
         if not self.model.prediction_layers():

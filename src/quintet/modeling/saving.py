@@ -49,10 +49,10 @@ class _Plain:
     def whole(self, shares: "Shares") -> Tensor | None:
         """Gather it on the first process; every process must call this."""
         found = shares.shards_of(self.name, self.piece)
-        shard, at = found[shares.world.rank]
+        shard, place = found[shares.world.rank]
         local = None if shard is None else own_part(self.tensor)
-        if local is not None and at is not None:
-            local = local[at]
+        if local is not None and place is not None:
+            local = local[place]
         portion = Portion(local, [shard for shard, _ in found], self.tensor.dtype)
         return gather(portion, shares.world)
 
@@ -88,9 +88,11 @@ class _Packed:
         found = shares.shards_of(self.weight, self.piece)
         local: Mapping[str, Tensor] = self.parts
         if self.piece.place is not None:
-            at, rows = found[shares.world.rank][1], self.piece.place[1]
+            own_place, rows = found[shares.world.rank][1], self.piece.place[1]
             number = rows.start // self.piece.shape[0]
-            local = {} if at is None else self.module.view(leaf, local, (at[0], number))
+            local = (
+                {} if own_place is None else self.module.view(leaf, local, (own_place[0], number))
+            )
         cut = [None if shard is None else weight_format.shards(shard) for shard, _ in found]
         parts = dict(specs)
         for suffix in self.needed:
@@ -184,7 +186,7 @@ def _shares(model: ModelCore, world: World, stages: Stages) -> tuple[Shares, dic
     # What several share is in the table by the first of its names, and saved by that.
     shapes = {n: tuple(t.shape) for n, t in state.items() if n in table.parameters}
     places = [world.degrees.place(rank) for rank in range(world.degrees.size)]
-    shards = [place(shapes, table, at) for at in places]
+    shards = [place(shapes, table, place_of_rank) for place_of_rank in places]
     if stages is not None:
         # By modules: what is quantised has other names than when it was given out.
         modules = [{name.rpartition(".")[0] for name in names} for names in stages]

@@ -93,15 +93,15 @@ class HeadInParts(ScoredHead):
         rows, ids = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
         counts = ids != IGNORED
         # To look for those that count would wait for a device, and leave holes in a program.
-        some = readable(ids) and not bool(counts.all())
-        if some:
+        masked = readable(ids) and not bool(counts.all())
+        if masked:
             found = self.sums_of(rows[counts], ids[counts], mean)
         else:
             found = self.sums_of(rows, ids.clamp(min=0), mean)
 
         def placed(x: Tensor) -> Tensor:
             zeros = x.new_zeros(len(ids))
-            every = zeros.masked_scatter(counts, x) if some else torch.where(counts, x, zeros)
+            every = zeros.masked_scatter(counts, x) if masked else torch.where(counts, x, zeros)
             return every.view(labels.shape)
 
         return found.map(placed)
@@ -115,8 +115,10 @@ class HeadInParts(ScoredHead):
         versions = [_version(x) for x in (hidden, *before)]
 
         def make() -> Tensor:
-            now = self.tensors()
-            same = len(now) == len(before) and all(a is b for a, b in zip(now, before, strict=True))
+            current = self.tensors()
+            same = len(current) == len(before) and all(
+                a is b for a, b in zip(current, before, strict=True)
+            )
             if not same or [_version(x) for x in (hidden, *before)] != versions:
                 raise InputError(
                     "the logits of a forward with labels are made when they are read, and the head "

@@ -58,11 +58,11 @@ def measure(model: PreTrainedModel, dtype: torch.dtype, scheme: Scheme | None = 
     if model.stage is not None:
         model = init_on_meta(type(model), model.config)
     total = model.num_parameters()
-    behind = _prediction_layers(model)
-    main = {id(p) for p in _others(model, behind)}
-    own = {id(p): p for layer in behind for p in layer.parameters() if id(p) not in main}
+    prediction = _prediction_layers(model)
+    main = {id(p) for p in _others(model, prediction)}
+    own = {id(p): p for layer in prediction for p in layer.parameters() if id(p) not in main}
     idle = sum(p.numel() for p in own.values())
-    inside = {id(module) for layer in behind for module in layer.modules()}
+    inside = {id(module) for layer in prediction for module in layer.modules()}
     chosen = vars(model.config).get("num_experts_per_tok")
     for module in model.modules():
         if isinstance(module, Experts) and id(module) not in inside:
@@ -83,11 +83,11 @@ def _prediction_layers(model: PreTrainedModel) -> list[nn.Module]:
     return list(layers.children())[model.config.num_hidden_layers :]
 
 
-def _others(model: PreTrainedModel, behind: list[nn.Module]) -> Iterator[nn.Parameter]:
+def _others(model: PreTrainedModel, prediction: list[nn.Module]) -> Iterator[nn.Parameter]:
     """Yield the parameters of the main run, without prediction layers."""
     layers = model.base_model.get_submodule("layers")
     for module in (model, *model.children(), *model.base_model.children(), *layers.children()):
-        if module not in behind and not any(layer in module.modules() for layer in behind):
+        if module not in prediction and not any(layer in module.modules() for layer in prediction):
             yield from module.parameters()
 
 

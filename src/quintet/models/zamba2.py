@@ -304,16 +304,24 @@ class Zamba2MambaDecoderLayer(FusedLayer):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, hidden_states: Tensor, context: ForwardContext, beside: Tensor | None = None
+        self,
+        hidden_states: Tensor,
+        context: ForwardContext,
+        transformer_hidden_states: Tensor | None = None,
     ) -> Tensor:
-        """Map (B, T, C) to (B, T, C); `beside` is added to the input, not to the residual."""
-        x = hidden_states if beside is None else hidden_states + beside
+        """Map (B, T, C) to (B, T, C); `transformer_hidden_states` is added to the input, not to "
+        "the residual."""
+        x = (
+            hidden_states
+            if transformer_hidden_states is None
+            else hidden_states + transformer_hidden_states
+        )
         output: Tensor = self.mamba(hidden_states=self.input_layernorm(x), context=context)
         return hidden_states + output
 
-    def part_specs(self, *, beside: bool = False) -> list[PartSpec] | None:
+    def part_specs(self, *, after_transformer: bool = False) -> list[PartSpec] | None:
         """Describe the mixer to the fused CPU step."""
-        source = parts.Source.SUM if beside else parts.Source.HIDDEN
+        source = parts.Source.SUM if after_transformer else parts.Source.HIDDEN
         return residuals((self.input_layernorm, self.mamba), source=source)
 
 
@@ -334,7 +342,9 @@ class Zamba2HybridLayer(FusedLayer):
         output = self.shared_transformer(
             hidden_states, context=context, layer_idx=self.layer_idx, use=self.use
         )
-        out: Tensor = self.mamba_decoder(hidden_states, context=context, beside=self.linear(output))
+        out: Tensor = self.mamba_decoder(
+            hidden_states, context=context, transformer_hidden_states=self.linear(output)
+        )
         return out
 
     def sharding(self) -> Sharding:
@@ -347,7 +357,7 @@ class Zamba2HybridLayer(FusedLayer):
         shared = self.shared_transformer.part_specs(
             self.linear, layer_idx=self.layer_idx, use=self.use
         )
-        mixer = None if decoder is None else decoder.part_specs(beside=True)
+        mixer = None if decoder is None else decoder.part_specs(after_transformer=True)
         return None if shared is None or mixer is None else [*shared, *mixer]
 
 
@@ -364,11 +374,11 @@ class Zamba2PreTrainedModel(PreTrainedModel):
         config = cast("Zamba2Config", self.config)
         hybrids, blocks = config.hybrid_layer_ids, config.num_mem_blocks
         for use in range(blocks, len(hybrids)):
-            first, again = (
+            first, second = (
                 f"{prefix}layers.{hybrids[i]}.shared_transformer" for i in (use % blocks, use)
             )
             for leaf in self.get_submodule(first).state_dict():
-                names[f"{again}.{leaf}"] = f"{first}.{leaf}"
+                names[f"{second}.{leaf}"] = f"{first}.{leaf}"
         return names
 
     def init_module(self, module: nn.Module) -> None:

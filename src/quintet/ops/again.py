@@ -78,9 +78,13 @@ def derived(
 
     Where a gradient of the gradient is asked for, they are recorded themselves.
     """
-    again = torch.is_grad_enabled()
+    differentiable = torch.is_grad_enabled()
     with torch.enable_grad(), torch.autocast("cpu", enabled=False):
-        own = inputs if again else [x if x is None else x.detach().requires_grad_() for x in inputs]
+        own = (
+            inputs
+            if differentiable
+            else [x if x is None else x.detach().requires_grad_() for x in inputs]
+        )
         wanted = [x for x, need in zip(own, needed, strict=True) if need and x is not None]
-        found = iter(torch.autograd.grad(function(*own), wanted, grad, create_graph=again))
+        found = iter(torch.autograd.grad(function(*own), wanted, grad, create_graph=differentiable))
     return [next(found) if need else None for need in needed]

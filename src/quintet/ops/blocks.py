@@ -33,9 +33,9 @@ class Split(NamedTuple):
     offset: Tensor | None = None
 
 
-def _half(b: Tensor, at: int) -> Tensor:
-    """Read the float16 at byte `at` of each block, (N, 1)."""
-    return b[:, at : at + 2].contiguous().view(torch.float16).to(torch.float32)
+def _half(b: Tensor, offset: int) -> Tensor:
+    """Read the float16 at byte `offset` of each block, (N, 1)."""
+    return b[:, offset : offset + 2].contiguous().view(torch.float16).to(torch.float32)
 
 
 def _nibbles(b: Tensor) -> Tensor:
@@ -49,10 +49,10 @@ def _shifts(b: Tensor, steps: int, bits: int) -> Tensor:
     return ((b.unsqueeze(-2) >> shifts.unsqueeze(-1)) & ((1 << bits) - 1)).view(torch.int8)
 
 
-def _fifth_bits(b: Tensor, at: int) -> Tensor:
-    """Return 16 · bit j of the four bytes from `at` on for weight j, (N, 32)."""
+def _fifth_bits(b: Tensor, offset: int) -> Tensor:
+    """Return 16 · bit j of the four bytes from `offset` on for weight j, (N, 32)."""
     shifts = torch.arange(8, dtype=torch.uint8, device=b.device)
-    return (((b[:, at : at + 4, None] >> shifts) & 1) << 4).flatten(1).view(torch.int8)
+    return (((b[:, offset : offset + 4, None] >> shifts) & 1) << 4).flatten(1).view(torch.int8)
 
 
 def _q8_0(b: Tensor) -> Split:
@@ -149,14 +149,14 @@ def decode_blocks(raw: Tensor, kind: BlockType, dtype: torch.dtype) -> Tensor:
     weight = raw.new_empty((*raw.shape[:-1], columns), dtype=dtype)
     rows = raw.reshape(-1, raw.shape[-1])
     table = torch.tensor(IQ4, dtype=torch.int8, device=raw.device)
-    for some, to in zip(bands(rows, columns), bands(weight.view(-1, columns)), strict=True):
-        numbers, scale, offset = _SPLITS[kind.name](some.reshape(-1, kind.nbytes))
+    for band, target in zip(bands(rows, columns), bands(weight.view(-1, columns)), strict=True):
+        numbers, scale, offset = _SPLITS[kind.name](band.reshape(-1, kind.nbytes))
         if layout.table:
             numbers = table[numbers.to(torch.int32)]
         groups = torch.unflatten(numbers, 1, (scale.shape[1], -1)) * scale.unsqueeze(-1)
         if offset is not None:
             groups += offset.unsqueeze(-1)
-        to.copy_(groups.view(to.shape))
+        target.copy_(groups.view(target.shape))
     return weight
 
 
@@ -178,17 +178,17 @@ def split_blocks(raw: Tensor, kind: BlockType) -> tuple[Tensor, Tensor, Tensor |
     scale = raw.new_empty(groups, dtype=torch.float32 if layout.two_levels else torch.float16)
     offset = torch.empty_like(scale) if layout.offset else None
     start = 0
-    for some in bands(rows, columns):
-        found = _SPLITS[kind.name](some.reshape(-1, kind.nbytes))
-        end = start + len(some)
-        n = found.numbers.reshape(len(some), columns)
+    for band in bands(rows, columns):
+        found = _SPLITS[kind.name](band.reshape(-1, kind.nbytes))
+        end = start + len(band)
+        n = found.numbers.reshape(len(band), columns)
         if layout.bits == 4:
             # Numbers around zero are counted from 0 on there.
             n = pack_numbers(n if layout.offset or layout.table else n + 8)
         numbers[start:end] = n
-        scale[start:end] = found.scale.reshape(len(some), -1)
+        scale[start:end] = found.scale.reshape(len(band), -1)
         if offset is not None and found.offset is not None:
-            offset[start:end] = found.offset.reshape(len(some), -1)
+            offset[start:end] = found.offset.reshape(len(band), -1)
         start = end
     lead = raw.shape[:-1]
     return (
@@ -203,4 +203,4 @@ def has_odd_scales(raw: Tensor, kind: BlockType) -> bool:
     blocks = raw.reshape(-1, kind.nbytes)
     # All bits of a half's exponent, which are in its second byte.
     places = LAYOUTS[kind.name].halves
-    return any(bool(((blocks[:, at + 1] & 0x7C) == 0x7C).any()) for at in places)
+    return any(bool(((blocks[:, offset + 1] & 0x7C) == 0x7C).any()) for offset in places)

@@ -57,8 +57,8 @@ def quantize_codes(weight: Tensor, kind: str, block: int) -> tuple[Tensor, Tenso
         scaled = (blocks * (1.0 / largest.clamp(min=1e-38)).unsqueeze(-1)).clamp_(-1, 1)
         indices = order[torch.bucketize(scaled, between)].to(torch.uint8).view(-1)
         indices = indices[: band.numel() + band.numel() % 2]
-        both = (indices[::2] << 4) | indices[1::2]
-        packed[start // 2 :][: len(both), 0] = both
+        pairs = (indices[::2] << 4) | indices[1::2]
+        packed[start // 2 :][: len(pairs), 0] = pairs
     return packed, absmax
 
 
@@ -76,13 +76,13 @@ def dequantize_codes(
     weight = packed.new_empty(n, dtype=dtype)
     codes = packed.reshape(-1)
     for start in range(0, n, _BAND):
-        both = codes[start // 2 : (start + _BAND) // 2]
-        indices = torch.stack((both >> 4, both & 15), dim=-1).view(-1).to(torch.int32)
+        pairs = codes[start // 2 : (start + _BAND) // 2]
+        indices = torch.stack((pairs >> 4, pairs & 15), dim=-1).view(-1).to(torch.int32)
         values = table[indices]
         values = F.pad(values, (0, -len(values) % block)).view(-1, block)
         values = values * absmax[start // block :][: len(values), None]
-        to = weight[start : start + _BAND]
-        to.copy_(values.view(-1)[: len(to)])
+        target = weight[start : start + _BAND]
+        target.copy_(values.view(-1)[: len(target)])
     return weight.view(shape)
 
 

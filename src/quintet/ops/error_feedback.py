@@ -44,9 +44,9 @@ def spread_of(gram: Tensor, columns: int) -> Spread:
     if not bool(own.isfinite().all()):
         raise InputError("an input of the text is not finite; run the model in bfloat16 or float32")
     mean = own.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
-    more = columns - len(own)
-    squares = F.pad(own.diagonal() + DAMPING * mean, (0, more))
-    H = F.pad(own, (0, more, 0, more))
+    padding = columns - len(own)
+    squares = F.pad(own.diagonal() + DAMPING * mean, (0, padding))
+    H = F.pad(own, (0, padding, 0, padding))
     H.diagonal()[H.diagonal() == 0] = mean
     damping = DAMPING * mean
     failed = 1
@@ -77,7 +77,9 @@ def feed_back(
         rounded = begin(own, spread.squares[start:end])
         errors = torch.empty_like(own)
         for place in range(end - start):
-            at = start + place
-            errors[:, place] = (own[:, place] - rounded(own[:, place], place)) / upper[at, at]
-            own[:, place + 1 :] -= errors[:, place, None] * upper[at, at + 1 : end]
+            column = start + place
+            errors[:, place] = (own[:, place] - rounded(own[:, place], place)) / upper[
+                column, column
+            ]
+            own[:, place + 1 :] -= errors[:, place, None] * upper[column, column + 1 : end]
         weight[:, end:] -= errors @ upper[start:end, end:]

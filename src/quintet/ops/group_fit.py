@@ -140,9 +140,9 @@ class _Ladder:
             fits.append(fit)
 
             def rounded(column: Tensor, place: int) -> Tensor:
-                to = self._rounded(column[:, None, None], fit.scale, fit.offset)
-                fit.levels[:, 0, place] = to.levels[:, 0, 0]
-                return (to.levels * to.scale + to.offset)[:, 0, 0]
+                fitted = self._rounded(column[:, None, None], fit.scale, fit.offset)
+                fit.levels[:, 0, place] = fitted.levels[:, 0, 0]
+                return (fitted.levels * fitted.scale + fitted.offset)[:, 0, 0]
 
             return rounded
 

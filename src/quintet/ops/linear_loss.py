@@ -189,8 +189,8 @@ class _LinearSums(torch.autograd.Function):
                 exponentials[rows] += z.sub_(after[:, None]).exp_().sum(dim=1)
                 largest[rows] = after
         # The one tile there is, if it is no more than that.
-        some = len(hidden) and len(weight)
-        whole = z if some and z.shape == (len(hidden), len(weight)) else None
+        nonempty = len(hidden) and len(weight)
+        whole = z if nonempty and z.shape == (len(hidden), len(weight)) else None
         if others is not None:
             before = largest
             largest, joined = others.joined(before, torch.stack((exponentials, chosen, sums)))

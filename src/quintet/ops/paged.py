@@ -38,8 +38,8 @@ def attend_pages(
     wide = torch.promote_types(q[0].dtype, torch.float32)
     index, slots = pages.of_tokens(N)
     within = (slots - pages.starts[index.clamp(max=n - 1)]).clamp(max=T - 1)
-    at = torch.zeros(n + 1, T, dtype=torch.long, device=slots.device)
-    at[index, within] = slots
+    query_slots = torch.zeros(n + 1, T, dtype=torch.long, device=slots.device)
+    query_slots[index, within] = slots
     keys = [_gather(x, pages, q[0].dtype).to(wide) for x in k]
     values = keys[0] if v is None else _gather(v, pages, q[0].dtype).to(wide)
     scores = torch.zeros(n, H, T, pages.longest, dtype=wide, device=slots.device)
@@ -49,9 +49,9 @@ def attend_pages(
         heads = of_k.repeat_interleave(H // of_k.shape[1], dim=1)
         scores += padded[:n].transpose(1, 2) @ heads.transpose(2, 3)
     slot = torch.arange(pages.longest, dtype=torch.long, device=slots.device)
-    seen = slot <= at[:n, :, None]  # (n, T, S)
+    seen = slot <= query_slots[:n, :, None]  # (n, T, S)
     if window is not None:
-        seen &= slot > at[:n, :, None] - window
+        seen &= slot > query_slots[:n, :, None] - window
     seen &= _filled(pages, slot, _page(k[0]))[:, None]
     scores = (scores * scale).masked_fill(~seen[:, None], torch.finfo(wide).min)
     weights = scores.softmax(dim=-1) * seen[:, None]

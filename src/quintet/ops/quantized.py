@@ -42,7 +42,7 @@ def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """
     q = torch.empty_like(weight, dtype=torch.int8, memory_format=torch.contiguous_format)
     scale = weight.new_empty(weight.shape[:-1], dtype=torch.float32)
-    for rows, to, scales in zip(
+    for rows, target, scales in zip(
         bands(_rows(weight)),
         bands(_rows(q)),
         bands(scale.view(-1, 1), weight.shape[-1]),
@@ -51,7 +51,7 @@ def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
         band = rows.to(torch.float32)
         largest = _largest(band)
         torch.div(largest, 127, out=scales)
-        to.copy_((band / _divisor(scales)).round_().clamp_(-127, 127))
+        target.copy_((band / _divisor(scales)).round_().clamp_(-127, 127))
     return q, scale
 
 
@@ -69,14 +69,14 @@ def decode(matrix: Matrix, columns: int, dtype: torch.dtype) -> Tensor:
         scale = scale.unsqueeze(-1)
     decoded = weight.new_empty((*weight.shape[:-1], columns), dtype=dtype)
     offsets = None if offset is None else bands(_rows(offset), columns)
-    for rows, to, row_scale in zip(
+    for rows, target, row_scale in zip(
         bands(_rows(weight), columns),
         bands(_rows(decoded)),
         bands(_rows(scale), columns),
         strict=True,
     ):
-        more = None if offsets is None else next(offsets)
-        to.copy_(widen_groups(rows, row_scale, more, columns, iq4=iq4))
+        band_offset = None if offsets is None else next(offsets)
+        target.copy_(widen_groups(rows, row_scale, band_offset, columns, iq4=iq4))
     return decoded
 
 
@@ -106,7 +106,7 @@ def quantize_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
     packed = weight.new_empty(packed_shape, dtype=torch.uint8)
     scale = weight.new_empty(scale_shape, dtype=torch.bfloat16)
     wide = weight.shape[-1]
-    for rows, to, scales in zip(
+    for rows, target, scales in zip(
         bands(_rows(weight)), bands(_rows(packed), wide), bands(_rows(scale), wide), strict=True
     ):
         band = rows.to(torch.float32)
@@ -117,7 +117,7 @@ def quantize_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
         # Rounded with the scale as it is stored.
         divisor = _divisor(scales.to(torch.float32).unsqueeze(-1))
         levels = (band / divisor).round_().clamp_(-8, 7).add_(8).to(torch.uint8)
-        to.copy_(pack_numbers(levels.flatten(-2)))
+        target.copy_(pack_numbers(levels.flatten(-2)))
     return packed, scale
 
 
@@ -171,11 +171,11 @@ def quantize_fp8(
     q = torch.empty_like(weight, dtype=torch.float8_e4m3fn, memory_format=torch.contiguous_format)
     scale = weight.new_empty(fp8_scale_shape(tuple(weight.shape), block), dtype=torch.float32)
     wide = weight.shape[-1]
-    for at, rows in _block_rows(weight, block[0]):
+    for block_row, rows in _block_rows(weight, block[0]):
         band = F.pad(weight[..., rows, :].to(torch.float32), (0, -wide % block[1]))
         band = torch.unflatten(band, -1, (-1, block[1]))  # (..., rows, blocks, columns)
         largest = _largest(band).amax(-3)
-        scales = scale[..., at, :]
+        scales = scale[..., block_row, :]
         scales.copy_(torch.div(largest, 448).squeeze(-1))
         if powers:
             scales.copy_(torch.where(scales > 0, scales.log2().ceil().exp2(), scales))
@@ -200,8 +200,8 @@ def dequantize_fp8(
             f"{list(wanted)}, not {list(scale_inv.shape)}"
         )
     weight = torch.empty_like(q, dtype=dtype)
-    for at, rows in _block_rows(q, block[0]):
-        scales = scale_inv[..., at, :].to(torch.float32)
+    for block_row, rows in _block_rows(q, block[0]):
+        scales = scale_inv[..., block_row, :].to(torch.float32)
         wide = min(block[1], q.shape[-1])
         along = scales.repeat_interleave(wide, dim=-1)[..., None, : q.shape[-1]]
         weight[..., rows, :] = (q[..., rows, :].to(torch.float32) * along).to(dtype)
@@ -235,8 +235,8 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _block_rows(x: Tensor, height: int) -> Iterator[tuple[int, slice]]:
-    for at, start in enumerate(range(0, x.shape[-2], height)):
-        yield at, slice(start, min(start + height, x.shape[-2]))
+    for block_row, start in enumerate(range(0, x.shape[-2], height)):
+        yield block_row, slice(start, min(start + height, x.shape[-2]))
 
 
 def _divisor(scale: Tensor) -> Tensor:

@@ -37,11 +37,13 @@ def keep_sampled(
     of_draft = p[:, :K].gather(2, drafted[..., None])[..., 0]
     accepted = u < of_draft if q is None else u * q.gather(2, drafted[..., None])[..., 0] < of_draft
     n = [_run(row, count) for row, count in zip(accepted.tolist(), counts, strict=True)]
-    next_p = _at(p, n)
+    next_p = _gather_rows(p, n)
     rejected = [accepted < count for accepted, count in zip(n, counts, strict=True)]
     if any(rejected):
         places = [min(place, K - 1) for place in n]
-        rest = residual(next_p, _at(drafted, places), None if q is None else _at(q, places))
+        rest = residual(
+            next_p, _gather_rows(drafted, places), None if q is None else _gather_rows(q, places)
+        )
         chosen = torch.tensor(rejected, dtype=torch.bool, device=p.device)
         next_p = rest if all(rejected) else torch.where(chosen[:, None], rest, next_p)
     return n, next_p
@@ -54,7 +56,7 @@ def residual(p: Tensor, rejected: Tensor, q: Tensor | None) -> Tensor:
     return torch.where(rest.sum(dim=-1, keepdim=True) > 0, rest, p)
 
 
-def _at(x: Tensor, places: Sequence[int]) -> Tensor:
+def _gather_rows(x: Tensor, places: Sequence[int]) -> Tensor:
     """Select each row's entry of (B, K, ...)."""
     if len(places) == 1:
         return x[:, places[0]]

@@ -147,10 +147,10 @@ def _passed_on(added: Tensor, decay: Tensor, state: Tensor) -> tuple[Tensor, Ten
         between = _between(F.pad(decay, (0, 0, 0, 0, 1, 0)).movedim(1, -1))  # (B, G, R, K+1, K+1)
         states = torch.einsum("bgrkj,bjgrpn->bkgrpn", between, added)
         return states[:, :-1], states[:, -1]
-    starts, left = [], decay.exp()[..., None, None]
+    starts, decayed = [], decay.exp()[..., None, None]
     for k in range(added.shape[1]):
         starts.append(state)
-        state = torch.addcmul(added[:, k], state, left[:, k])
+        state = torch.addcmul(added[:, k], state, decayed[:, k])
     return torch.stack(starts, dim=1), state
 
 

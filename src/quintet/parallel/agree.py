@@ -208,7 +208,7 @@ class Agreement:
     # -- being interrupted ---------------------------------------------------------------------
 
     @contextmanager
-    def undisturbed(self) -> Iterator[None]:
+    def agreed_interrupts(self) -> Iterator[None]:
         """Let Ctrl-C end all processes at the same step: the deciding one notes it, others wait.
 
         A second one ends this process at once.

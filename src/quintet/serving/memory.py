@@ -165,18 +165,18 @@ def limits_for(
     cost = cost_of(model, nbits)
     if speculate == "mtp":
         cost = cost.drafting
-    least, left = cost.of(limits.capacity), available - kept
-    if least > left:
-        fits = max(left - cost.row, 0) // cost.token if cost.token else 0
+    least, remaining = cost.of(limits.capacity), available - kept
+    if least > remaining:
+        fits = max(remaining - cost.row, 0) // cost.token if cost.token else 0
         raise DoesNotFitError(
             f"a row of {limits.capacity:,} tokens takes {_shown(least)} and there is room for "
-            f"{_shown(max(left, 0))} beside {_shown(kept)} that are kept of what was read; "
+            f"{_shown(max(remaining, 0))} beside {_shown(kept)} that are kept of what was read; "
             f"{fits:,} tokens fit: give less capacity, fewer bits (nbits), or more memory"
         )
     if model.device.type != "cpu":
         most = MOST_ROWS if rows is None else rows
-        limits = replace(limits, rows=min(most, left // least) if least else most)
-    return replace(limits, memory=left, kept=kept)
+        limits = replace(limits, rows=min(most, remaining // least) if least else most)
+    return replace(limits, memory=remaining, kept=kept)
 
 
 def _shown(nbytes: int) -> str:

@@ -41,10 +41,10 @@ def drafting(
         )
     if own is None and (requested or given.get("generator") is not None):
         return {}
-    way = default if own is None else own
-    if way == "mtp":
+    method = default if own is None else own
+    if method == "mtp":
         return {"use_mtp": True}
-    return {"prompt_lookup_num_tokens": LOOKUP} if way == "lookup" else {}
+    return {"prompt_lookup_num_tokens": LOOKUP} if method == "lookup" else {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

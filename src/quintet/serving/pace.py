@@ -43,26 +43,26 @@ class Pace:
         if not self._token:
             # The first tells.
             return min(2 * GRID, most)
-        left = target / 1000 - (self._step or 0.0)
-        return min(max(int(left / self._token) // GRID * GRID, GRID), most)
+        budget = target / 1000 - (self._step or 0.0)
+        return min(max(int(budget / self._token) // GRID * GRID, GRID), most)
 
-    def piece(self, start: int, left: int, stops: tuple[int, ...], *, alone: bool) -> int:
+    def piece(self, start: int, remaining: int, stops: tuple[int, ...], *, alone: bool) -> int:
         """Return the next piece: to the grid, to a stop, or the rest.
 
         Args:
             start: how many were read.
-            left: how many were not.
+            remaining: how many were not.
             stops: where a piece has to end.
             alone: whether nobody else has a step meanwhile.
         """
-        most, piece = self.most(alone=alone), left
-        if left > most + LEAST_TAIL:
+        most, piece = self.most(alone=alone), remaining
+        if remaining > most + LEAST_TAIL:
             end = (start + most) // GRID * GRID
             if end - start <= LEAST_TAIL:
                 end += GRID
             piece = end - start
-            if left - piece <= LEAST_TAIL:
-                piece = left
+            if remaining - piece <= LEAST_TAIL:
+                piece = remaining
         return min([piece, *(stop - start for stop in stops if start < stop < start + piece)])
 
 

@@ -42,12 +42,14 @@ class StopStrings:
         if self.found is not None:
             return ""
         text = self._pending + text
-        places = [(at, -len(one)) for one in self._strings if (at := text.find(one)) >= 0]
+        places = [
+            (position, -len(one)) for one in self._strings if (position := text.find(one)) >= 0
+        ]
         if places:
-            at, length = min(places)
-            self.found = text[at : at - length]
+            position, length = min(places)
+            self.found = text[position : position - length]
             self._pending = ""
-            return text[:at]
+            return text[:position]
         keep = min(self._longest - 1, len(text))
         while keep > 0 and not any(one.startswith(text[-keep:]) for one in self._strings):
             keep -= 1

@@ -18,9 +18,9 @@ from quintet.modeling.heads import CausalLMHead
 from quintet.tokenization import BatchEncoding, PreTrainedTokenizer
 from quintet.training.bounds import at_least, at_most
 from quintet.training.data.interface import Document
+from quintet.training.evaluating import evaluating
 from quintet.training.records import Evaluation, Sample
 from quintet.training.scoring import score
-from quintet.training.undisturbed import undisturbed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +95,7 @@ def evaluate(
     started = time.perf_counter()
     has_experts = any(isinstance(module, ExpertRouter) for module in model.modules())
     balance: dict[str, float] = {}
-    with undisturbed(model):
+    with evaluating(model):
         if has_experts:
             with ExpertLoads(model) as loads:
                 found = score(model, documents, context)
@@ -133,7 +133,7 @@ def samples(
     """
     for prompt in settings.prompts:
         generator = torch.Generator(model.device).manual_seed(settings.seed)
-        with undisturbed(model):
+        with evaluating(model):
             inputs = _encoded_prompt(tokenizer, prompt, settings.chat).to(model.device)
             drawn = settings.temperature > 0
             written = model.generate(

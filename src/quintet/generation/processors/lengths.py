@@ -103,19 +103,19 @@ class ExponentialDecayLengthPenalty(LogitsProcessor):
         self.eos_token_id = torch.unique(token_ids("eos_token_id", eos_token_id))
 
     def __call__(self, input_ids: Tensor, scores: Tensor, padding: Tensor | None = None) -> Tensor:
-        behind = row_lengths(input_ids, padding) - self.regulation_start
-        if isinstance(behind, int) and behind <= 0:
+        exceeded = row_lengths(input_ids, padding) - self.regulation_start
+        if isinstance(exceeded, int) and exceeded <= 0:
             return scores
         ends = self.eos_token_id.to(scores.device)
         n = (
-            torch.as_tensor(behind, device=scores.device, dtype=torch.long)
+            torch.as_tensor(exceeded, device=scores.device, dtype=torch.long)
             .clamp(min=0)
             .reshape(-1, 1)
         )
         raised = torch.pow(self.regulation_factor, n.double()) - 1
         logits = scores[:, ends]
-        more = logits.abs() * raised.to(scores)
-        return scores.index_add(1, ends, torch.where(logits.isfinite(), more, 0.0))
+        penalty = logits.abs() * raised.to(scores)
+        return scores.index_add(1, ends, torch.where(logits.isfinite(), penalty, 0.0))
 
 
 class SuppressTokensAtBeginLogitsProcessor(LogitsProcessor):

@@ -234,10 +234,10 @@ def cuts(warpers: Sequence[LogitsWarper]) -> Cuts | None:
     for warper in warpers:
         if type(warper) not in _IN_ONE_PASS:
             return None
-        at = _IN_ONE_PASS.index(type(warper))
-        if at <= last:
+        place = _IN_ONE_PASS.index(type(warper))
+        if place <= last:
             return None
-        last = at
+        last = place
         if isinstance(warper, _Cut) and warper.filter_value != -math.inf:
             return None
         if isinstance(warper, TemperatureLogitsWarper):

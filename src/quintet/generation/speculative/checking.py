@@ -69,14 +69,14 @@ def check_draft(
         accepted, rest = keep_sampled(p, draft.probabilities, draft.tokens, draft.counts, u[:, 1:])
         # Whether there is something to draw is asked later, of the tokens that are needed.
         none = torch.zeros(B, dtype=torch.bool, device="cpu")
-        behind = sampler.draw(rest, u[:, :1], none).tolist()
+        bonus = sampler.draw(rest, u[:, :1], none).tolist()
         best = scores.amax(dim=-1)
     else:
         best, chosen = likeliest(scores)
         own = chosen.tolist()
         accepted = keep_likeliest(own, drafted, draft.counts)
-        behind = [row[count] for row, count in zip(own, accepted, strict=True)]
-    tokens = [[*drafted[row][: accepted[row]], behind[row]] for row in range(B)]
+        bonus = [row[count] for row, count in zip(own, accepted, strict=True)]
+    tokens = [[*drafted[row][: accepted[row]], bonus[row]] for row in range(B)]
     return Checked(tokens, accepted, scores, best.tolist())
 
 

@@ -233,7 +233,7 @@ class _Speculating:
         """Return the scores of all steps up to a position, for criteria."""
         if self.run.record.scores is None:
             return None
-        rows = [[*row, *now[: place + 1]] for row, now in zip(self.scores, scores, strict=True)]
+        rows = [[*row, *new[: place + 1]] for row, new in zip(self.scores, scores, strict=True)]
         return tuple(_columns(rows))
 
     def _stream(self) -> None:

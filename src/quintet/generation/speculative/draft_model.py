@@ -73,8 +73,8 @@ class DraftModel:
             cached = self.cache.lengths(len(lengths)).tolist()
             # The last token is always read again, as it is what the next one follows from.
             starts = [
-                min(now, length - 1) if active else before
-                for now, length, active, before in zip(
+                min(cached_length, length - 1) if active else before
+                for cached_length, length, active, before in zip(
                     cached, lengths, unfinished, self._cached, strict=True
                 )
             ]

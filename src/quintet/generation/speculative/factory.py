@@ -67,31 +67,31 @@ def check_drafting(
         return False
     if len(requested) > 1:
         raise InputError(f"{' and '.join(requested)} are ways of drafting; give one of them")
-    (way,) = requested
+    (drafter,) = requested
     if (config.num_beams or 1) > 1:
         raise InputError(
-            f"{way} drafts for rows that go on one by one; leave it out, or num_beams="
+            f"{drafter} drafts for rows that go on one by one; leave it out, or num_beams="
             f"{config.num_beams}"
         )
     if config.guidance_scale not in (None, 1):
         raise InputError(
-            f"{way} cannot go with guidance_scale={config.guidance_scale}, which runs over every "
-            "token once, and drafted tokens are taken back; leave one of the two out"
+            f"{drafter} cannot go with guidance_scale={config.guidance_scale}, which runs over "
+            "every token once, and drafted tokens are taken back; leave one of the two out"
         )
     if (config.output_attentions or config.output_hidden_states) and rows > 1:
         raise InputError(
-            f"with {way}, output_attentions and output_hidden_states are there for one row, as "
+            f"with {drafter}, output_attentions and output_hidden_states are there for one row, as "
             "rows take different numbers of tokens in a step"
         )
     if config.output_attentions and padded:
         raise InputError(
-            f"with {way}, output_attentions are there for a row without padding; cut it off"
+            f"with {drafter}, output_attentions are there for a row without padding; cut it off"
         )
-    if way != "use_mtp" and not has_ids:
-        raise InputError(f"{way} reads the ids of the prompt, and inputs_embeds has none")
+    if drafter != "use_mtp" and not has_ids:
+        raise InputError(f"{drafter} reads the ids of the prompt, and inputs_embeds has none")
     if assistant is not None:
         _check_assistant(model, assistant, tokenizer, assistant_tokenizer)
-    if way == "use_mtp":
+    if drafter == "use_mtp":
         if not isinstance(model, MTPModel) or not model.prediction_depth():
             raise InputError(
                 f"use_mtp=True needs layers of multi-token prediction, and this "

@@ -111,8 +111,8 @@ class MTPDrafter:
         if seen:
             last = text.ids[:, -1]
             last = last if len(seen) == B else last[list(seen)]
-            for row, left in self._layers.read(seen, last, B, writer).items():
-                unread[row] = left
+            for row, unread_states in self._layers.read(seen, last, B, writer).items():
+                unread[row] = unread_states
         self._seen = [unread]
 
     def _look(self) -> None:

@@ -108,14 +108,14 @@ class PooledPrediction:
         last = torch.tensor(
             [sequence.ids[-1] for _, sequence, _ in drafting], dtype=torch.long, device="cpu"
         )
-        left = self._rows.read(
+        remaining = self._rows.read(
             seen,
             last.to(seen[drafting[0][0]].states.device),
             len(self._placed),
             _Rows([(sequence, writer) for _, sequence, writer in drafting]),
         )
-        for place, again in left.items():
-            owners[place].has_read(again)
+        for place, states in remaining.items():
+            owners[place].has_read(states)
 
 
 class _Rows:

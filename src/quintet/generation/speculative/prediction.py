@@ -146,23 +146,23 @@ class Prediction:
             if k:
                 # The token that layer k - 1 has drafted is the one that layer k has not seen.
                 known = None if writer is None else model.embed(writer.last)
-                behind = torch.zeros_like(_at(ahead, ends)) if known is None else known
-                ahead = _followed(ahead, behind, ends)
+                following = torch.zeros_like(_gather_last(ahead, ends)) if known is None else known
+                ahead = _followed(ahead, following, ends)
             states = self._predict(k, states, ahead, taken)
             # Layers that are not asked for a token read the text all the same.
             if writer is not None and not writer.done:
-                writer.write(model.logits(_at(states, ends)))
+                writer.write(model.logits(_gather_last(states, ends)))
         self.cache.advance(taken[0])
-        steps, hidden = 0, _at(states, ends)
+        steps, hidden = 0, _gather_last(states, ends)
         while writer is not None and not writer.done:
             taken = self._taken(dict.fromkeys(seen, 1), batch, last.device)
             hidden = self._predict(self._depth - 1, hidden, model.embed(writer.last), taken)
             self.cache.advance(taken[0])
             writer.write(model.logits(hidden))
             steps += 1
-        again = self._depth - 1
-        self._take_back([steps + min(again, width) for width in widths], list(seen), batch)
-        return {row: one.last(again) for row, one in seen.items()}
+        kept_states = self._depth - 1
+        self._take_back([steps + min(kept_states, width) for width in widths], list(seen), batch)
+        return {row: one.last(kept_states) for row, one in seen.items()}
 
     def _predict(self, depth: int, states: Tensor, ahead: Tensor, taken: Segments) -> Tensor:
         """Return the states (N, C) of one layer, for packed tokens."""
@@ -194,7 +194,7 @@ class Prediction:
         self.cache.crop(lengths)
 
 
-def _at(x: Tensor, ends: list[int]) -> Tensor:
+def _gather_last(x: Tensor, ends: list[int]) -> Tensor:
     """Return the last entry of each packed row, (n, C) of (N, C)."""
     return x[-1:] if len(ends) == 1 else x[ends]
 

@@ -8,7 +8,7 @@ from torch import nn
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Put a model into evaluation; afterwards its modules' modes and all randomness are as before.
 
     A `BiasBalancer` counts what passes routers in training mode alone.
