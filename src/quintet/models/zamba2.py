@@ -309,8 +309,7 @@ class Zamba2MambaDecoderLayer(FusedLayer):
         context: ForwardContext,
         transformer_hidden_states: Tensor | None = None,
     ) -> Tensor:
-        """Map (B, T, C) to (B, T, C); `transformer_hidden_states` is added to the input, not to "
-        "the residual."""
+        """Map (B, T, C) to (B, T, C); the transformer's output joins the input alone."""
         x = (
             hidden_states
             if transformer_hidden_states is None
