@@ -48,7 +48,7 @@ class Backend:
         name: what it is switched off by.
         device: the type of device, such as "cpu".
         implementations: of each operation, by its name; the first that applies serves.
-        missing: says why there is none on this machine, without making one; None where there is.
+        missing: says why there is none on this machine, without making one; None if there is.
         on_request: whether it serves only where it is asked for by its name.
     """
 

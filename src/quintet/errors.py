@@ -207,7 +207,7 @@ class RankFailedError(DistributedError):
     """A process failed, was killed or hangs, so the others cannot continue.
 
     Attributes:
-        rank: which one, or None where the others cannot tell.
+        rank: which one, or None if the others cannot tell.
         cause: what happened to it.
     """
 

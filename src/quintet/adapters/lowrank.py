@@ -100,7 +100,7 @@ class LowRank(Addition):
         self.magnitude = None if magnitude is None else nn.Parameter(magnitude)
         self.scale = scale
         self.dropout = dropout
-        # Adds up what other processes find of their columns; None where all are here.
+        # Adds up what other processes find of their columns; None if all are here.
         self.sums: Callable[[Tensor], Tensor] | None = None
         self._norm: Remembered[Tensor] = Remembered()
 

@@ -121,14 +121,14 @@ class Cache:
     def buffers(self, layer_idx: int, segment: Segment) -> tuple[Tensor, Tensor] | None:
         """Return a layer's key and value buffers (B, K, S, D), with space for a segment.
 
-        The caller writes them in place, instead of `update`; None where that cannot be done.
+        The caller writes them in place, instead of `update`; None if that cannot be done.
         """
         return self._attention(layer_idx).buffers(segment)
 
     def memory(self, layer_idx: int) -> tuple[Tensor, Tensor] | None:
         """Return a layer's pages of keys and values, (P, K, page, D), as a segment's table says.
 
-        The caller writes them in place, instead of `update`; None where they lie otherwise.
+        The caller writes them in place, instead of `update`; None if they lie otherwise.
         """
         return None
 
@@ -137,7 +137,7 @@ class Cache:
 
         Args:
             config: the model's.
-            dtype: of its hidden states; None where that is no matter.
+            dtype: of its hidden states; None if that is no matter.
 
         Raises:
             InputError: there are more, or fewer, or what they hold is in another dtype.

@@ -17,7 +17,7 @@ class RowContent:
         stop: the slot behind the last one.
         layers: what each layer with attention holds of them, tensors (K, stop - start, D).
         states: each recurrent layer's window and state behind the last token, none without such
-            layers; None where the row did not have them for this place.
+            layers; None if the row did not have them for this place.
         kind: how the layers hold it.
         adapters: what is known of the adapters that the tokens were made with; None for nothing.
     """

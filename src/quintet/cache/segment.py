@@ -28,7 +28,7 @@ class Segment:
         longest: how many slots its longest row needs; None for `keys`.
         places: (B or 1, T) the slots of tokens that are not one after the other; None if they are.
         same: (B or 1, T, S) of these, which keys are of the token's text.
-        known: the slot of each row's first token, where the host knows them; None where it would
+        known: the slot of each row's first token, where the host knows them; None if it would
             have to ask for `start`.
         pages: where the rows lie, as kernels that read lengths on the device are told; None where
             they lie otherwise.
@@ -121,7 +121,7 @@ def _pages(whole: Pages | None, rows: slice, token: int, length: int, longest: i
     """Return the pages of some adjacent rows, the first of which has the first page.
 
     Args:
-        whole: where all rows lie, a page each; None where that is not known.
+        whole: where all rows lie, a page each; None if that is not known.
         rows: which are meant.
         token: of the packed row, the first that is theirs.
         length: how many tokens each has.

@@ -161,7 +161,7 @@ def _stage(
 ) -> Staged:
     """Write all files into the temporary directory, under their temporary names.
 
-    `sharded` is None where only the end of the parts tells whether there are several.
+    `sharded` is None if only the end of the parts tells whether there are several.
     """
     save_id = secrets.token_hex(8)
     header = header if sharded is False else {**header, SAVE_ID: save_id}

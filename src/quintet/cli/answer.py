@@ -18,7 +18,7 @@ class Answer:
 
     Attributes:
         waiting: is over with the first token.
-        prompt: how many tokens are read for it; None where nobody says.
+        prompt: how many tokens are read for it; None if nobody says.
         tokens: how many it has.
         reading: the seconds to the first token.
         seconds: those to the last.

@@ -22,7 +22,7 @@ class LocalModel:
     Attributes:
         model: what commands call it.
         revision: of a hub id.
-        family: its model_type; None where that cannot be told.
+        family: its model_type; None if that cannot be told.
         weights: the format or dtype they are in.
         size: of all its files, in bytes.
         used: when, in seconds since 1970.

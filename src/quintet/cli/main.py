@@ -164,7 +164,7 @@ def _complain_of(error: QuintetError) -> None:
 
 
 def _leave_together() -> None:
-    """Tell the other processes, if any, that Ctrl-C ends this one."""
+    """Report to the other processes, if any, that Ctrl-C ends this one."""
     if "WORLD_SIZE" in os.environ:
         from quintet.cli.together import interrupted
 

@@ -211,7 +211,7 @@ def quantized_format(model: "PreTrainedModel") -> "WeightFormat | None":
 
 
 def has_kernels(weight_format: "WeightFormat") -> bool:
-    """Tell whether a CPU's kernels read the parts of a format as they are."""
+    """Return whether a CPU's kernels read the parts of a format as they are."""
     import torch
 
     from quintet.kernels.matrix import integers, kind_of
@@ -231,7 +231,7 @@ def has_kernels(weight_format: "WeightFormat") -> bool:
 
 
 def kind_of(model: "PreTrainedModel") -> str:
-    """Say in which format and dtype a model is held."""
+    """Return the format and dtype of a model in words."""
     dtype, weight_format = str(model.dtype).removeprefix("torch."), quantized_format(model)
     return dtype if weight_format is None else f"{weight_format.name} and {dtype}"
 

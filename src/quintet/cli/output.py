@@ -17,7 +17,7 @@ class Fact:
     """A fact that is said in words, and is a value of JSON for programs.
 
     Attributes:
-        text: the words; None where only programs are told.
+        text: the words; None if only programs are told.
         value: of JSON.
     """
 

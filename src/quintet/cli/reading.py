@@ -20,7 +20,7 @@ class Turn:
     """A turn that goes on.
 
     Attributes:
-        cache: of what was read before; None where the options want another, or none.
+        cache: of what was read before; None if the options want another, or none.
         ids: the whole text, once it is complete.
     """
 
@@ -137,7 +137,7 @@ def common(ids: Sequence[int], others: Sequence[int]) -> int:
 
 
 def _can_continue(config: GenerationConfig) -> bool:
-    """Tell whether a generation can go on with the cache of another, and leave it to a third."""
+    """Return whether a generation can continue another's cache, and leave it to a third."""
     alone = (config.num_beams or 1) == 1 and (config.num_return_sequences or 1) == 1
     guided = config.guidance_scale not in (None, 1) or bool(config.token_healing)
     kind = config.use_cache is not False and config.cache.kind in ("dynamic", "quantized")

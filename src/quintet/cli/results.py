@@ -35,7 +35,7 @@ def cut(config: "GenerationConfig", ids: "Tensor", room: int) -> str | None:
 
 
 def _repeats(ids: list[int]) -> bool:
-    """Tell whether a text ends in at least three times the same, over a line or more."""
+    """Return whether a text ends in at least three repetitions, over a line or more."""
     for period in range(1, len(ids) // 3 + 1):
         length = max(3 * period, REPEATED)
         end = ids[-length:]

@@ -127,7 +127,7 @@ def _instead(name: str, value: Any, names: list[str]) -> str:
 
 
 def describe(config: "GenerationConfig", seed: int | None = None) -> str:
-    """Say in a line how tokens are chosen."""
+    """Describe the sampling in a line."""
     given = {name: getattr(config, name) for name in SHOWN}
     sampled = bool(given.pop("do_sample"))
     if not sampled:

@@ -61,12 +61,12 @@ class AnswerStreamer(TextStreamer):
             super().put(token)
 
     def end(self) -> None:
-        """Tell the rest."""
+        """Write the rest."""
         self._token = -1
         super().end()
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Tell a piece of the answer."""
+        """Write a piece of the answer."""
         events = self._parser.feed(text, self._token)
         self._answer.feed(events + self._parser.flush() if stream_end else events)
         if stream_end:

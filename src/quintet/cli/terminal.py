@@ -22,7 +22,7 @@ ORDERS = dict.fromkeys(
 
 
 def can_dim() -> bool:
-    """Tell whether the terminal's user wants text in other shades, and the terminal can."""
+    """Return whether the terminal's user wants colours, and the terminal has them."""
     return not os.environ.get("NO_COLOR") and can_move()
 
 
@@ -52,7 +52,7 @@ def dimmed(text: str) -> str:
 
 
 def note(text: str, quiet: bool = False) -> None:
-    """Say something beside the result: on standard error, unless asked for silence."""
+    """Print a note beside the result on standard error, unless silence is asked for."""
     if not quiet:
         text = _folded(text)
         click.echo(dimmed(text) if can_dim() else text, err=True)

@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 
 def several() -> bool:
-    """Tell whether a launcher such as torchrun started other processes, too."""
+    """Return whether a launcher such as torchrun started other processes, too."""
     return os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 def follows() -> bool:
-    """Tell whether this process follows another one, which talks and reads."""
+    """Return whether this process follows another one, which talks and reads."""
     return several() and os.environ.get("RANK", "0") != "0"
 
 
@@ -64,7 +64,7 @@ def from_first(read: Callable[[], str]) -> str:
 
 
 def least(number: int) -> int:
-    """Tell the first process a number; return the smallest of all in that one."""
+    """Send a number to the first process; return the smallest of all there."""
     watch = _watch()
     assert watch is not None, "there is nobody else"
     watch.store.set(f"least/{watch.rank}", str(number))
@@ -74,7 +74,7 @@ def least(number: int) -> int:
 
 
 def last_words(error: QuintetError) -> str | None:
-    """Tell the others why this process ends, and return the message to print, if any."""
+    """Report to the others why this process ends, and return the message to print, if any."""
     watch = _watch()
     if watch is None:
         return str(error)
@@ -97,7 +97,7 @@ def wait_for_first() -> "Watch":
 
 
 def interrupted() -> None:
-    """Tell the others that Ctrl-C ends this process; one says so."""
+    """Report to the others that Ctrl-C ends this process; one prints it."""
     watch = _watch()
     if watch is not None:
         watch.end_by(signal.SIGINT)

@@ -104,7 +104,7 @@ class FixedStep:
     def run(self, rows: Sequence[int], tokens: Sequence[int] | Tensor) -> Tensor | None:
         """Step rows, of these pool indices, with tokens; return logits (N, V), or None.
 
-        None where it cannot be done this way, and nothing was. Where this raises, rows have to be
+        None if it cannot be done this way, and nothing was. Where this raises, rows have to be
         taken back to what they held.
 
         Args:

@@ -51,7 +51,7 @@ class Healing:
         prompt: the shorter prompts.
         processors: what takes care of the first new tokens.
         as_given: (B,) True for rows of a single token, which are left as they are and so get a
-            token less than the others; None where all rows are alike.
+            token less than the others; None if all rows are alike.
     """
 
     prompt: Prompt

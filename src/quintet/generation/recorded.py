@@ -32,7 +32,7 @@ class RecordedRows(PooledCache):
     def step(self, ids: Tensor) -> Tensor | None:
         """Return the logits (B, 1, V) after one more token (B, 1) per row, or None.
 
-        None where nothing was done, as before the prompt: then the model has to be called.
+        None if nothing was done, as before the prompt: then the model has to be called.
         """
         if not self.rows:
             return None

@@ -189,7 +189,7 @@ class Rows:
     def step_ahead(self, rows: Sequence[int], tokens: Tensor) -> Tensor | None:
         """Step rows with tokens (N,) that are on the device; return logits (N, V), or None.
 
-        None where steps are not recorded, and nothing was done. Where this raises, the rows have to
+        None if steps are not recorded, and nothing was done. Where this raises, the rows have to
         be taken back to what they held.
         """
         if self._fixed is None:

@@ -117,7 +117,7 @@ def release_parts(file: GGUFFile, architecture: str, values: Mapping[str, Any]) 
 
 
 def _is_made_of_others(name: str, file: GGUFFile) -> bool:
-    """Tell whether a tensor is the half of another one that is there, too."""
+    """Return whether a tensor is the half of another one that is there, too."""
     whole = re.sub(r"\.attn_[kv]_b\.weight$", ".attn_kv_b.weight", name)
     return whole != name and whole in file.tensors
 

@@ -35,8 +35,8 @@ class Place:
     Attributes:
         layer: the number of the layer; None outside of them.
         names: the adapters that rows may have; None for none.
-        rows: (B,) the number of each row's among `names`; None where all have those in use.
-        tokens: (B, T) the same for each token, as hidden states lie; None where only rows are
+        rows: (B,) the number of each row's among `names`; None if all have those in use.
+        tokens: (B, T) the same for each token, as hidden states lie; None if only rows are
             known.
         copied: whether each of the rows may be several, side by side.
     """

@@ -75,7 +75,7 @@ class ForwardContext:
         cache: where layers keep what the next step needs; None to keep nothing.
         embeds: (B, T, C) the embeddings, for layers that look back at them.
         notes: where layers put what was asked for beside their output.
-        placing: what adapters are told of rows and layers; None where they need not know.
+        placing: what adapters are told of rows and layers; None if they need not know.
         texts: which tokens of a packed row are whose, told to the device; None of a rectangle, and
             where no layer is recurrent.
         elsewhere: the same on other devices, which layers there share.
@@ -172,7 +172,7 @@ class ForwardContext:
     ) -> tuple[Tensor, Tensor, Tensor] | None:
         """Rotate queries and keys and store in one pass: return q, and all the cache holds then.
 
-        None where no backend does, or the cache does not say where rows lie.
+        None if no backend does, or the cache does not say where rows lie.
 
         Shapes: q (B, H, T, D), k (B, K, T, D), other (B, K, T, E): values, or latents, which a
         cache has before their keys.

@@ -194,7 +194,7 @@ class Mamba2(FusedPart):
         slot: StateSlot | None,
         cached: tuple[Tensor, Tensor] | None,
     ) -> _Mixed | None:
-        """Mix all texts of a packed row at once; None where no backend does."""
+        """Mix all texts of a packed row at once; None if no backend does."""
         texts = context.texts
         if texts is None:
             return None

@@ -99,7 +99,7 @@ class LayerRun:
 
     Attributes:
         layers: what is called where they cannot be.
-        stack: their weights; None where they never can.
+        stack: their weights; None if they never can.
         specs: the parts that the stack is made of.
         normalises: whether the norm behind the last layer is one of them.
     """

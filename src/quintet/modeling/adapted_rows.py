@@ -18,7 +18,7 @@ class AdaptedRows(ModelCore):
     """Lets forwards use a different adapter for each row.
 
     Attributes:
-        adapters: those that are on it; None where none ever was.
+        adapters: those that are on it; None if none ever was.
     """
 
     adapters: Adapters | None = None
@@ -71,7 +71,7 @@ class AdaptedRows(ModelCore):
         """Find the adapter of each token (B, T, ...), if rows have their own.
 
         Args:
-            tokens: ids or embeddings; None where the forward will say that there are none.
+            tokens: ids or embeddings; None if the forward will say that there are none.
             ends: where each text begins, and the end, in one row of several; else None.
 
         Raises:
@@ -95,7 +95,7 @@ class AdaptedRows(ModelCore):
         """Return the rows' adapters for the layers, and record them in the cache.
 
         Args:
-            rows: how they are packed; None where they are not.
+            rows: how they are packed; None if they are not.
             cache: what they continue.
 
         Raises:
@@ -112,7 +112,7 @@ class AdaptedRows(ModelCore):
 
     @contextmanager
     def selecting_tokens(self, keep: Callable[[Tensor], Tensor]) -> Iterator[None]:
-        """Tell adapters inside that `keep` selects among the tokens (B, T, ...)."""
+        """Let adapters inside select tokens (B, T, ...) as `keep` does."""
         place = self.place_of_rows()
         if place is None or place.tokens is None or self.adapters is None:
             yield

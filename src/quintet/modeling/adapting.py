@@ -356,7 +356,7 @@ class Adapting(AdaptedRows):
             )
 
     def _whose(self, config: LoraConfig) -> str:
-        """Say which model an adapter is of, and which this is."""
+        """Describe the adapter's base model, and this one."""
         sizes = f"{self.config.num_hidden_layers} layers of {self.config.hidden_size}"
         here = f"{self.name_or_path or 'not from a file'}, a {self.config.model_type} with {sizes}"
         base = config.base_model_name_or_path

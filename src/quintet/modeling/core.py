@@ -36,9 +36,9 @@ class ModelCore(nn.Module):
         config: a copy of the one that was given.
         config_class: the family's configuration.
         hf_device_map: the device of each part, only there where they are several.
-        world: the processes that hold the model together; None where this one has all of it.
-        stage: which of its layers are here; None where all are.
-        sequences: how it learns from rows that several processes share; None where this one reads
+        world: the processes that hold the model together; None if this one has all of it.
+        stage: which of its layers are here; None if all are.
+        sequences: how it learns from rows that several processes share; None if this one reads
             whole rows. A forward that is called reads whole rows all the same.
         base_model_prefix: the attribute that holds the model without its head.
         new_head: prefixes of parameters a checkpoint may lack, because a head that is trained on

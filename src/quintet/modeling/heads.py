@@ -297,7 +297,7 @@ def select_positions(hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:
 
 
 def _within(positions: Tensor, T: int) -> bool:
-    """Tell whether positions are indices of T tokens, or a choice of them by truths."""
+    """Return whether positions are indices of T tokens, or a choice of them by truths."""
     if positions.ndim != 1 or positions.is_floating_point() or positions.is_complex():
         return False
     if positions.dtype == torch.bool:

@@ -304,17 +304,10 @@ class Zamba2MambaDecoderLayer(FusedLayer):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self,
-        hidden_states: Tensor,
-        context: ForwardContext,
-        transformer_hidden_states: Tensor | None = None,
+        self, hidden_states: Tensor, context: ForwardContext, extra: Tensor | None = None
     ) -> Tensor:
-        """Map (B, T, C) to (B, T, C); the transformer's output joins the input alone."""
-        x = (
-            hidden_states
-            if transformer_hidden_states is None
-            else hidden_states + transformer_hidden_states
-        )
+        """Map (B, T, C) to (B, T, C); `extra` joins the input, and not the residual."""
+        x = hidden_states if extra is None else hidden_states + extra
         output: Tensor = self.mamba(hidden_states=self.input_layernorm(x), context=context)
         return hidden_states + output
 
@@ -341,9 +334,7 @@ class Zamba2HybridLayer(FusedLayer):
         output = self.shared_transformer(
             hidden_states, context=context, layer_idx=self.layer_idx, use=self.use
         )
-        out: Tensor = self.mamba_decoder(
-            hidden_states, context=context, transformer_hidden_states=self.linear(output)
-        )
+        out: Tensor = self.mamba_decoder(hidden_states, context=context, extra=self.linear(output))
         return out
 
     def sharding(self) -> Sharding:

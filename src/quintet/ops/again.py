@@ -20,7 +20,7 @@ class Rule:
 
     Attributes:
         formula: defines it, from the inputs.
-        compute: the same in one pass, or None where it does not apply.
+        compute: the same in one pass, or None if it does not apply.
         derive: from a gradient of the result and the inputs to those of the inputs, or None.
     """
 

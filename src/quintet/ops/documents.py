@@ -62,7 +62,7 @@ class Documents:
 def documents_of(index: Tensor) -> Documents | None:
     """Return the texts of rows, given numbers (B, T) that change where a text ends.
 
-    None where every row is one text.
+    None if every row is one text.
     """
     starts = index.diff(dim=1) != 0
     number = F.pad(starts.cumsum(dim=1), (1, 0))

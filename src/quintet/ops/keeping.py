@@ -67,7 +67,7 @@ def keep_rows(
     norm: tuple[Tensor, float] | None,
     interleaved: bool,
 ) -> Tensor | None:
-    """Call `rotate_and_keep` for rows of equal length; return None where no backend serves it.
+    """Call `rotate_and_keep` for rows of equal length; return None if no backend serves it.
 
     Shapes: q and the rotated queries (B, H, T, D), k (B, K, T, D), other (B, K, T, E), cos and sin
     (B or 1, T, D).

@@ -37,7 +37,7 @@ class LogitSums(NamedTuple):
     Attributes:
         log_prob: the logarithm of the probability of the token's id.
         log_sum: log Σ_v exp z_v.
-        mean: 1/V Σ_v z_v; None where nobody asked for it.
+        mean: 1/V Σ_v z_v; None if nobody asked for it.
     """
 
     log_prob: Tensor

@@ -18,13 +18,13 @@ class AttentionMask:
 
     Attributes:
         entries: (B or 1, H or 1, T, S), True where a query sees a key, or a float to add to the
-            scores; None where `is_causal` says it all, every key is seen, or `slots` are given.
+            scores; None if `is_causal` says it all, every key is seen, or `slots` are given.
         is_causal: query i of T sees keys 0..i of S = T.
         start: the first query's slot, one for all rows or (B,).
         window: how many keys, its own included, a query sees at the most; None for no limit.
         custom: the entries are the caller's own, not one that `start` and `window` describe.
         slots: (B or 1, T), the slots of queries whose entries would be too large to have at once.
-        pages: where the keys of each row lie, told on the device; None where that is not known.
+        pages: where the keys of each row lie, told on the device; None if that is not known.
     """
 
     entries: Tensor | None

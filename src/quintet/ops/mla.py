@@ -78,7 +78,7 @@ def latent_attention(
     """Attend in the cheaper of the two forms; only `eager` returns weights.
 
     Args:
-        w_kv: what `expand` multiplies with; None where it does more, and has to be called.
+        w_kv: what `expand` multiplies with; None if it does more, and has to be called.
     """
     T = q_nope.shape[2]
     if attend is not eager and not mask.custom and c_kv.is_cpu:

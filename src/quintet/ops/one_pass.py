@@ -1,6 +1,6 @@
-"""Fused operations that a backend may provide; None where none does.
+"""Fused operations that a backend may provide; None if none does.
 
-Each returns None where no backend does; who calls it then takes the steps, which define it.
+Each returns None if no backend does; who calls it then takes the steps, which define it.
 """
 
 from torch import Tensor

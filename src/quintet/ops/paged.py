@@ -70,7 +70,7 @@ def attend_rows(
 ) -> Tensor | None:
     """Return softmax(q·kᵀ·scale)·v, (B, H, T, Dv), of rows whose mask has pages, or None.
 
-    None where no backend does that.
+    None if no backend does that.
 
     Shapes: q (B, H, T, D) and k (B, K or 1, S, D), in one part or two; v (B, K, S, Dv), or None
     where the first part of the keys is it.

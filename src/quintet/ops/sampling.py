@@ -305,7 +305,7 @@ def draw_in_one_pass(
     """Draw a token per row (B,) with given numbers u (B, 1); also return the largest score.
 
     Scores (B, V) are divided by the temperature, then what is not `in_top_k`, `in_top_p` and
-    `above_min_p` is left out, one after the other. None where no backend does that in one pass.
+    `above_min_p` is left out, one after the other. None if no backend does that in one pass.
     """
     return None
 

@@ -28,7 +28,7 @@ def keep_sampled(
     max(p - q, 0) at the place of the first rejection, or p behind the last draft. So the tokens
     are distributed as p, whatever q is.
 
-    Shapes: p (B, K + 1, V) and q (B, K, V) probabilities, q None where drafts were not drawn but
+    Shapes: p (B, K + 1, V) and q (B, K, V) probabilities, q None if drafts were not drawn but
     certain; u (B, K) uniform in [0, 1); returns (B, V), which need not sum to 1.
     """
     K = drafted.shape[1]

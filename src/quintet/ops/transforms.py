@@ -13,7 +13,7 @@ def recorded() -> bool:
 
 
 def batched() -> bool:
-    """Tell whether `torch.func.vmap` is at work: numbers cannot be read, nor decide on shapes."""
+    """Return whether `torch.func.vmap` is at work: numbers cannot be read, nor decide on shapes."""
     stack = torch._C._functorch.get_interpreter_stack() or ()
     return any(one.key() == torch._C._functorch.TransformType.Vmap for one in stack)
 

@@ -141,7 +141,7 @@ class Agreement:
         return flat.view(shape).to(device) if device is not None else flat.view(shape)
 
     def _fail(self, error: BaseException) -> None:
-        """Tell the others why there is nothing to be told."""
+        """Report to the others why no decision follows."""
         self.ended = True
         if isinstance(error, KeyboardInterrupt):
             self._send_decision(INTERRUPTED, torch.zeros(0, dtype=torch.int64, device="cpu"))

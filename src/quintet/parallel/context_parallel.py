@@ -224,7 +224,7 @@ class Sequences:
 
     Attributes:
         real: (B·T/c,) which of the tokens that run now are some, and neither padding nor what
-            fills rows up; None where no such forward runs.
+            fills rows up; None if no such forward runs.
     """
 
     real: Tensor | None = None

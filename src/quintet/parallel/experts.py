@@ -89,7 +89,7 @@ class OwnExperts:
         index: which process this is.
         count: among how many processes the experts are.
         seats: how many experts there are in all, one that is there twice counted twice.
-        copies: where which expert is; None where each is there once, in order.
+        copies: where which expert is; None if each is there once, in order.
         inner: what runs the own experts in place of their forward, with what was put on them.
     """
 

@@ -95,9 +95,9 @@ class Watch:
         return found
 
     def explain(self, error: BaseException) -> BaseException | None:
-        """Tell the others of an error, and return whose it is: itself, or a `RankFailedError`.
+        """Report an error to the others, and return it, or a `RankFailedError` of its cause.
 
-        None where all were told to end.
+        None if all were told to end.
         """
         self._reported = True
         at = place_of(traceback.walk_tb(error.__traceback__))
@@ -220,7 +220,7 @@ class Watch:
         return self._last_signal
 
     def end_by(self, number: int) -> None:
-        """Tell the others that a signal ends this process, and say so once on a machine."""
+        """Announce the end by a signal to the others, and print it once on a machine."""
         if self._reported:
             return
         self._reported = True
@@ -245,7 +245,7 @@ class Watch:
             dist.destroy_process_group()
 
     def listen(self) -> None:
-        """Hear from now on, in a thread, when another process fails."""
+        """Watch from now on, in a thread, for other processes' failures."""
         self._thread = threading.Thread(target=self.answer, name="quintet-watch", daemon=True)
         self._thread.start()
 
@@ -285,9 +285,9 @@ def watch() -> Watch | None:
 
 
 def last_words(error: BaseException) -> BaseException | None:
-    """Tell the other processes of an error that ends this one, and return whose error it is.
+    """Report an error that ends this process to the others, and return whose error it is.
 
-    That is the same, or a `RankFailedError`; None where all were told to end.
+    That is the same, or a `RankFailedError`; None if all were told to end.
     """
     watching = watch()
     if watching is None or isinstance(error, SystemExit):

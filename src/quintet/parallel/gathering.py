@@ -97,7 +97,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _send_spec(value: dict[str, Any], world: World) -> None:
-    """Tell the first process a few words."""
+    """Send a tensor's description to the first process."""
     text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
     dist.send(torch.tensor([len(text)], dtype=torch.long, device=world.device), dst=0)
     dist.send(text.to(world.device), dst=0)

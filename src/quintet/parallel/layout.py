@@ -49,7 +49,7 @@ class Parts:
     def __init__(
         self, shapes: Mapping[str, tuple[int, ...]], table: Sharding, world: World
     ) -> None:
-        """Say it for the shapes of a model that is whole."""
+        """Make the parts for the shapes of a model that is whole."""
         self._world, self._first_only = world, frozenset(table.first_only)
         self.apart = experts_apart(table, world)
         self.own = place(shapes, table, world.place)
@@ -69,7 +69,7 @@ class Parts:
 
     @classmethod
     def of(cls, model: nn.Module, world: World, table: Sharding | None = None) -> "Parts":
-        """Say it for a whole model, which may have no memory."""
+        """Make the parts for a whole model, which may have no memory."""
         saved = model.state_dict(keep_vars=True)
         named = [*model.named_parameters(), *model.named_buffers()]
         shapes = {name: tuple(tensor.shape) for name, tensor in named if name in saved}
@@ -191,11 +191,11 @@ class ParallelLayout:
         return frozenset() if self.pipeline is None else self.pipeline.shared
 
     def counts(self, name: str) -> bool:
-        """Tell whether a tensor that is here counts here, and not in a stage that has it, too."""
+        """Return whether a tensor that is here counts here, and not in a stage that has it, too."""
         return self.pipeline is None or self.pipeline.counts(name)
 
     def elsewhere(self, name: str) -> bool:
-        """Tell whether other stages have a tensor, and this one nothing of it."""
+        """Return whether only other stages have a tensor."""
         return self.pipeline is not None and self.pipeline.elsewhere(name)
 
     def collected(self, own: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
@@ -278,7 +278,7 @@ class ParallelLayout:
         return add_up(add_up(sums[0], self.world, (rows,)) + sums[1], self.world, (parts,))
 
     def apart(self, name: str, tensor: Tensor) -> bool:
-        """Tell whether any one matrix of a parameter lies in several processes."""
+        """Return whether any one matrix of a parameter lies in several processes."""
         if self.parts is not None and any(
             dim > 0 or tensor.ndim < 3 for dim in self.parts.cuts(name)
         ):

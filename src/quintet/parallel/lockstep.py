@@ -227,7 +227,7 @@ class Lockstep:
         self._why = ""
 
     def _end(self, places: list[int]) -> NoReturn:
-        """Hear why processes end, and raise it."""
+        """Receive why processes end, and raise it."""
         text = self._why.encode()[:LETTERS].ljust(LETTERS)
         own = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(self.device)
         texts = [torch.empty_like(own) for _ in places]

@@ -120,11 +120,11 @@ class Pipeline:
         return found
 
     def counts(self, name: str) -> bool:
-        """Tell whether no process before has a tensor that is here: so that each counts once."""
+        """Return whether no process before has this tensor, so that each counts once."""
         return all(name not in names for names in self.stages.names[: self._index])
 
     def elsewhere(self, name: str) -> bool:
-        """Tell whether other processes have a tensor, and this one has not."""
+        """Return whether only other processes have a tensor."""
         names = self.stages.names
         return name not in names[self._index] and any(name in others for others in names)
 

@@ -23,7 +23,7 @@ _OF_GROUPS: "WeakKeyDictionary[dist.ProcessGroup, SharedBuffer | None]" = WeakKe
 
 
 def shared_buffer_of(group: dist.ProcessGroup) -> SharedBuffer | None:
-    """Return the memory of a group's processes, None where not all can have the same.
+    """Return the memory of a group's processes, None if not all can have the same.
 
     All have to ask at the same time when they do so first.
     """

@@ -262,7 +262,7 @@ def heads_of(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _looks_back(layer: nn.Module) -> bool:
-    """Tell whether a layer reads the embeddings of the tokens beside its input."""
+    """Return whether a layer reads the embeddings of the tokens beside its input."""
     return any(isinstance(module, SharedTransformer) for module in layer.modules())
 
 

@@ -50,7 +50,7 @@ class Word:
 
 
 def place_of(frames: Iterable[tuple[FrameType, int]]) -> tuple[str, bool]:
-    """Say at which line of whose code frames end, from the outermost; and if that is a collective.
+    """Return the line of code where frames end, from the outermost, and whether in a collective.
 
     What PyTorch and the passing of tensors do is not what anyone looks for.
     """

@@ -22,7 +22,7 @@ class StreamParser:
 
     Args:
         tokens: the markers that are tokens, and their ids; others are known by their text.
-        written: how calls are written; None where nothing is a call.
+        written: how calls are written; None if nothing is a call.
         opening: where the text begins.
         parallel: take further calls after the first; otherwise nothing is wanted then.
 

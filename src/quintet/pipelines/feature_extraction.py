@@ -37,7 +37,7 @@ class FeatureExtractionPipeline(Pipeline):
     options_class = Options
 
     def is_single(self, inputs: Any, options: Options) -> bool:
-        """Tell whether this is one text."""
+        """Return whether this is one text."""
         return isinstance(inputs, str)
 
     def preprocess(self, item: Any, options: Options) -> Sequence[list[int]]:

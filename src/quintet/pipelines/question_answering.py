@@ -84,7 +84,7 @@ class QuestionAnsweringPipeline(Pipeline):
         return super().__call__(inputs, batch_size=batch_size, **options)
 
     def is_single(self, inputs: Any, options: Options) -> bool:
-        """Tell whether this is one question."""
+        """Return whether this is one question."""
         return isinstance(inputs, Mapping)
 
     def preprocess(self, item: Any, options: Options) -> Sequence[ContextWindow]:

@@ -60,7 +60,7 @@ class TextClassificationPipeline(Pipeline):
         return [result] if isinstance(inputs, str) and "top_k" not in options else result
 
     def is_single(self, inputs: Any, options: Options) -> bool:
-        """Tell whether this is one text or one pair."""
+        """Return whether this is one text or one pair."""
         return isinstance(inputs, str | Mapping)
 
     def preprocess(self, item: Any, options: Options) -> Sequence[list[int]]:

@@ -172,7 +172,7 @@ class TextGenerationPipeline(Pipeline):
         return replace(changed, generation={**base.generation, **rest})
 
     def is_single(self, inputs: Any, options: Options) -> bool:
-        """Tell whether this is one text or one chat."""
+        """Return whether this is one text or one chat."""
         return isinstance(inputs, str) or _is_chat(inputs)
 
     def preprocess(self, item: Any, options: Options) -> Sequence[Prompt]:

@@ -98,7 +98,7 @@ class TokenClassificationPipeline(Pipeline):
     options_class = Options
 
     def is_single(self, inputs: Any, options: Options) -> bool:
-        """Tell whether this is one text, or one list of words."""
+        """Return whether this is one text, or one list of words."""
         if options.is_split_into_words and isinstance(inputs, list | tuple):
             return all(isinstance(word, str) for word in inputs)
         return isinstance(inputs, str)

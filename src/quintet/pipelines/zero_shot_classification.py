@@ -112,7 +112,7 @@ class ZeroShotClassificationPipeline(Pipeline):
         return super().__call__(sequences, batch_size=batch_size, **options)
 
     def is_single(self, inputs: Any, options: Options) -> bool:
-        """Tell whether this is one text."""
+        """Return whether this is one text."""
         return isinstance(inputs, str)
 
     def preprocess(self, item: Any, options: Options) -> Sequence[Hypothesis]:

@@ -46,7 +46,7 @@ class Device:
         memory: its bytes.
         bandwidth: bytes of it that are read a second.
         flops: operations a second of a product of bfloat16 matrices.
-        fp8: the same of FP8; None where it multiplies no FP8.
+        fp8: the same of FP8; None if it multiplies no FP8.
         link: to the other devices of its node.
         network: to devices of other nodes.
         usable: the share of its memory that is planned with; the rest is the runtime's, the

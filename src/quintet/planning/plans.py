@@ -100,7 +100,7 @@ class Plan(Generic[AnyChoice]):
 
     @property
     def best(self) -> AnyChoice | None:
-        """The split to use; None where none fits."""
+        """The split to use; None if none fits."""
         return self.choices[0] if self.choices else None
 
     def require(self) -> AnyChoice:

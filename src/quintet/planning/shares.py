@@ -249,5 +249,5 @@ def _place(weight: Weight) -> Place:
 
 
 def _multiplies(weight: Weight) -> bool:
-    """Tell whether tokens are multiplied with it as with a matrix."""
+    """Return whether tokens are multiplied with it as with a matrix."""
     return len(weight.shape) > 1 and weight.uses > 0

@@ -130,7 +130,7 @@ class Limits:
     most: tuple[tuple[str, int], ...] = ()
 
     def allow(self, split: Split) -> bool:
-        """Tell whether a split is one of those."""
+        """Return whether a split is one of those."""
         numbers = {"tp": split.tp, "ep": split.ep, "pp": split.pp, "dp": split.dp}
         numbers["fsdp"] = split.fsdp
         return all(numbers[name] == count for name, count in self.fixed) and all(

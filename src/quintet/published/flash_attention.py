@@ -109,7 +109,7 @@ def attend_pages(
 
 
 def _fits(q: Tensor, k: Tensor, v: Tensor, pages: Pages) -> bool:
-    """Tell whether shapes, steps and dtypes are such as the package takes."""
+    """Return whether shapes, steps and dtypes suit the package."""
     D = q.shape[-1]
     return (
         q.dtype in _FLOATS

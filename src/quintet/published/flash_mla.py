@@ -83,7 +83,7 @@ def attend_pages(
 
 
 def _fits(q: tuple[Tensor, ...], latents: Tensor, keys: Tensor, tokens: int) -> bool:
-    """Tell whether sizes are the package's, and latents lie in memory beside their keys."""
+    """Return whether sizes suit the package, and latents lie in memory beside their keys."""
     dtype, (P, K, page, _) = q[0].dtype, latents.shape
     return (
         dtype in _FLOATS

@@ -33,7 +33,7 @@ def lacking(package: str, least: int, most: int | None = None) -> Callable[[], s
 
 
 def takes(*tensors: Tensor) -> bool:
-    """Tell whether a package may read tensors: plain, on one GPU, and nobody watches or learns."""
+    """Return whether a package may read tensors: plain, on one GPU, unwatched, no gradient."""
     if watched() or torch.is_autocast_enabled("cuda"):
         return False
     device, learns = tensors[0].device, torch.is_grad_enabled()

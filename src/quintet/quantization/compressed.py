@@ -45,7 +45,7 @@ class Weights:
 
     Attributes:
         group: columns of a group; None for all.
-        block: rows and columns of a block of FP8; None where there are none.
+        block: rows and columns of a block of FP8; None if there are none.
     """
 
     bits: int

@@ -17,7 +17,7 @@ class Grain:
 
     Attributes:
         rows: of the matrix to a row of the part.
-        columns: of the matrix to a cell of the part; None where it has no such dimension.
+        columns: of the matrix to a cell of the part; None if it has no such dimension.
         width: numbers, or bytes, that a cell takes in the part.
         packed: whether a cell cannot be had in part.
     """

@@ -29,7 +29,7 @@ def often(count: int, error: Exception) -> EngineStoppedError:
 def parted(error: Exception) -> EngineStoppedError | None:
     """Return the error that stops an engine if processes of its model are lost, else None.
 
-    None where an error is about something else. Its cause is a `RankFailedError` that says which
+    None if an error is about something else. Its cause is a `RankFailedError` that says which
     process failed, or a `DisagreementError`.
     """
     try:

@@ -66,7 +66,7 @@ class Runner(PromptReuse):
         # Seconds of the present turn that were steps, and when it began.
         self._stepping = 0.0
         self._turning: float | None = None
-        # How long nobody is asked for steps of other engines; None where there are none.
+        # How long nobody is asked for steps of other engines; None if there are none.
         self._rest = 0.0 if engine.exchanges else None
 
     # -- messages, from any thread -----------------------------------------------------------------

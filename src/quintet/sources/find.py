@@ -29,7 +29,7 @@ def find_gguf(
     local_files_only: bool = False,
     subfolder: str = "",
 ) -> Found | None:
-    """Return the file in GGUF that a name means, or None where it means a model of another kind.
+    """Return the file in GGUF that a name means, or None if it means a model of another kind.
 
     It means one with `gguf_file`; a path of such a file; a directory that has such files and no
     `config.json`; `DIRECTORY:Q4_K_M`, and `owner/name:Q4_K_M` on the hub (or `:FILE.gguf`);
@@ -81,7 +81,7 @@ def find_gguf(
 
 
 def is_gguf(path: Path) -> bool:
-    """Tell whether a file is GGUF, by its name or its first bytes."""
+    """Return whether a file is GGUF, by its name or its first bytes."""
     if path.suffix.lower() == SUFFIX:
         return True
     try:

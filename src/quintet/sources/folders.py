@@ -30,7 +30,7 @@ def files_in(folder: Path, prefix: str = "") -> dict[str, Path]:
 
 
 def is_whole(path: Path) -> bool:
-    """Tell whether all the files that a model is split into lie beside each other."""
+    """Return whether all the files that a model is split into lie beside each other."""
     return all((path.parent / name).is_file() for name in shard_names(path.name))
 
 

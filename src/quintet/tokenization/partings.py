@@ -116,7 +116,7 @@ PARTINGS: Mapping[str, Parting] = MappingProxyType(
 
 
 def parting_of(pipeline: Tokenizer) -> str | None:
-    """Return the name of a byte-level pipeline's steps; None where they are no known ones'."""
+    """Return the name of a byte-level pipeline's steps; None if they are no known ones'."""
     found = _read(pipeline)
     return next((name for name, parting in PARTINGS.items() if parting == found), None)
 

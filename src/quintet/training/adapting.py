@@ -147,7 +147,7 @@ class Trained:
         return cls(parameters, whole, nbytes, sum(4 * 3 * one.numel() for one in trained))
 
     def __str__(self) -> str:
-        """Tell it in a line."""
+        """Format it as a line."""
         share = 100 * self.parameters / max(self.total, 1)
         return (
             f"trains {_short(self.parameters)} of {_short(self.total)} parameters ({share:.2g} %); "

@@ -142,7 +142,7 @@ def _to_put(
 
 
 def _compares_with_adapter(config: TrainingConfig) -> bool:
-    """Tell whether answers are compared with the model as it is with the adapter it begins with."""
+    """Return whether answers are compared with the model and its first adapter."""
     own, objective = config.adapter, config.objective
     if own is None or own.from_ is None or not isinstance(objective, PreferenceSettings):
         return False

@@ -21,7 +21,7 @@ class Curve:
         name: what tells it from others of its panel.
         x: (N,) how far the training was.
         y: (N,) what was measured.
-        rough: (N,) the same, before it was smoothed; None where it was not.
+        rough: (N,) the same, before it was smoothed; None if it was not.
     """
 
     run: int

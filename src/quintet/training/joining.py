@@ -215,7 +215,7 @@ def _generating(world: World) -> World | None:
 
 
 def _low(config: TrainingConfig) -> bool:
-    """Tell whether weights are computed with in bfloat16."""
+    """Return whether weights are computed with in bfloat16."""
     return config.optimizer.precision == "bfloat16"
 
 

@@ -64,7 +64,7 @@ class Usage:
         return record.step_tokens * self._flops[ahead].of_token(max(1, record.context))
 
     def mfu(self, record: StepRecord) -> float | None:
-        """Return the share of the peak; None where that is not known."""
+        """Return the share of the peak; None if that is not known."""
         if self.peak is None or record.seconds <= 0:
             return None
         return self.flops(record) / record.seconds / self.peak
@@ -121,7 +121,7 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
 
 
 def _is_record(value: Mapping[str, Any]) -> bool:
-    """Tell whether a line has an event, with numbers where a run writes numbers."""
+    """Return whether a line has an event, with numbers where a run writes numbers."""
     event = value.get("event")
     if event in ("step", "evaluation") and not ("step" in value and "tokens" in value):
         return False

@@ -93,7 +93,7 @@ class Evaluation:
         seconds: how long it took.
         scored: how many tokens were predicted.
         bits_per_token: the mean of -log2 p of these.
-        bits_per_byte: the sum of -log2 p over the bytes of the texts; None where only parts of
+        bits_per_byte: the sum of -log2 p over the bytes of the texts; None if only parts of
             texts are scored, as of conversations.
         agreement: how often the prediction layer names the model's own choice of the token after
             the next; None without one.
@@ -167,11 +167,11 @@ class Reporter(Protocol):
         ...
 
     def step(self, record: StepRecord) -> None:
-        """Hear of a step."""
+        """Report a step."""
         ...
 
     def evaluated(self, evaluation: Evaluation) -> None:
-        """Hear of an evaluation."""
+        """Report an evaluation."""
         ...
 
     def sampled(self, sample: Sample) -> None:
@@ -179,7 +179,7 @@ class Reporter(Protocol):
         ...
 
     def saved(self, saved: Saved) -> None:
-        """Hear of a checkpoint."""
+        """Report a checkpoint."""
         ...
 
     def warned(self, message: str) -> None:
@@ -187,7 +187,7 @@ class Reporter(Protocol):
         ...
 
     def ended(self, end: End) -> None:
-        """Hear that it is over."""
+        """Report the end."""
         ...
 
 
@@ -195,25 +195,25 @@ class Silent:
     """A reporter that tells nobody."""
 
     def started(self, beginning: Beginning) -> None:
-        """Tell nobody."""
+        """Do nothing."""
 
     def step(self, record: StepRecord) -> None:
-        """Tell nobody."""
+        """Do nothing."""
 
     def evaluated(self, evaluation: Evaluation) -> None:
-        """Tell nobody."""
+        """Do nothing."""
 
     def sampled(self, sample: Sample) -> None:
-        """Tell nobody."""
+        """Do nothing."""
 
     def saved(self, saved: Saved) -> None:
-        """Tell nobody."""
+        """Do nothing."""
 
     def warned(self, message: str) -> None:
-        """Tell nobody."""
+        """Do nothing."""
 
     def ended(self, end: End) -> None:
-        """Tell nobody."""
+        """Do nothing."""
 
 
 class Several:
@@ -223,36 +223,36 @@ class Several:
         self.reporters = reporters
 
     def started(self, beginning: Beginning) -> None:
-        """Tell all of them."""
+        """Pass it to all of them."""
         for reporter in self.reporters:
             reporter.started(beginning)
 
     def step(self, record: StepRecord) -> None:
-        """Tell all of them."""
+        """Pass it to all of them."""
         for reporter in self.reporters:
             reporter.step(record)
 
     def evaluated(self, evaluation: Evaluation) -> None:
-        """Tell all of them."""
+        """Pass it to all of them."""
         for reporter in self.reporters:
             reporter.evaluated(evaluation)
 
     def sampled(self, sample: Sample) -> None:
-        """Tell all of them."""
+        """Pass it to all of them."""
         for reporter in self.reporters:
             reporter.sampled(sample)
 
     def saved(self, saved: Saved) -> None:
-        """Tell all of them."""
+        """Pass it to all of them."""
         for reporter in self.reporters:
             reporter.saved(saved)
 
     def warned(self, message: str) -> None:
-        """Tell all of them."""
+        """Pass it to all of them."""
         for reporter in self.reporters:
             reporter.warned(message)
 
     def ended(self, end: End) -> None:
-        """Tell all of them."""
+        """Pass it to all of them."""
         for reporter in self.reporters:
             reporter.ended(end)

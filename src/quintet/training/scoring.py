@@ -71,7 +71,7 @@ class Score:
 
     @property
     def bits_per_byte(self) -> float | None:
-        """Bits over the bytes of the texts; None where some count in part only."""
+        """Bits over the bytes of the texts; None if some count in part only."""
         return self.bits / self.bytes if self.bytes and not self.parts else None
 
     @property

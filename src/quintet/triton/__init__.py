@@ -1,6 +1,6 @@
 """Triton kernels for GPUs, as a backend: each beside its definition in `quintet.ops`.
 
-A file is one idea: its kernels, and the functions that launch them, which return None where they do
+A file is one idea: its kernels, and the functions that launch them, which return None if they do
 not apply. Nothing here is imported where there is no GPU, but this file.
 """
 

@@ -119,7 +119,7 @@ def attend_pages(
 
 
 def _fits(q: tuple[Tensor, ...], memory: list[Memory], pages: Pages) -> bool:
-    """Tell whether shapes, steps and dtypes are such as the kernel knows."""
+    """Return whether shapes, steps and dtypes suit the kernel."""
     parts, dtype = len(q), q[0].dtype
     keys = memory[:parts]
     if not 1 <= parts <= 2 or dtype not in FLOATS or any(x.ndim != 3 for x in q):

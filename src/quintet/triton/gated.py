@@ -44,7 +44,7 @@ def gated(
 def silu_experts(
     x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor
 ) -> Tensor | None:
-    """Sum each token's experts with SiLU, by their weights; None where kernels do not apply.
+    """Sum each token's experts with SiLU, by their weights; None if kernels do not apply.
 
     Shapes: x (N, C); indices and weights (N, A); gate_up (E, 2F, C); down (E, C, F).
     """
@@ -60,7 +60,7 @@ def _found(
     indices: Tensor | None,
     shares: Tensor | None,
 ) -> tuple[Held, Held, Held] | None:
-    """Return the weights as kernels read them; None where something does not fit."""
+    """Return the weights as kernels read them; None if something does not fit."""
     given = [t for m in (gate, up, down) for t in (m.weight, m.scale, m.offset)] + [indices, shares]
     if not x.ndim or not x.numel() or x.stride(-1) != 1:
         return None

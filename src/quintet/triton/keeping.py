@@ -89,7 +89,7 @@ def _fits(
     pages: Pages,
     weight: Tensor | None,
 ) -> bool:
-    """Tell whether shapes, steps and dtypes are such as the kernel knows."""
+    """Return whether shapes, steps and dtypes suit the kernel."""
     vectors, dtype, table = (q, k, other), q.dtype, pages.table
     if table is None or dtype not in FLOATS or any(x.ndim != 3 for x in vectors):
         return False

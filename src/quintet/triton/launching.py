@@ -27,7 +27,7 @@ def capability() -> int:
 
 
 def takes(*tensors: Tensor) -> bool:
-    """Tell whether kernels may read these tensors: plain, on one device, and nobody is watching."""
+    """Return whether kernels may read these tensors: plain, on one device, and unwatched."""
     if watched() or torch.is_autocast_enabled("cuda"):
         return False
     device, learns = tensors[0].device, torch.is_grad_enabled()

@@ -109,7 +109,7 @@ def _fits(
     window: Tensor | None,
     state: Tensor | None,
 ) -> Sizes | None:
-    """Return the sizes; None where shapes, steps or dtypes are not such as kernels know."""
+    """Return the sizes; None if shapes, steps or dtypes are not such as kernels know."""
     taps, conv_bias, *scalars, norm, num_groups, _, _ = weights
     given = [projected, taps, *scalars, norm, *texts.tensors]
     given += [x for x in (conv_bias, window, state) if x is not None]

@@ -24,7 +24,7 @@ class Pages:
 
     Attributes:
         table: (n, J) int32, the pages of each sequence, in the order of its slots; one below 0 is
-            nowhere, as is what comes behind the last: none of it is seen. None where the keys are
+            nowhere, as is what comes behind the last: none of it is seen. None if the keys are
             those of the packed row itself, (1, K, N, D), and each sequence begins there.
         starts: (n,) int32, the slot of each sequence's first token of this forward.
         ends: (n + 1,) int32, before which token of the packed row each sequence begins, and N: each

@@ -14,7 +14,7 @@ class Texts:
         most: how many tokens one has at the most; all have so many where `ends` is None.
         ends: (n + 1,) int32, before which token each text begins, and N; None for a rectangle.
         rows: (n,) int32, in which row of memory what is kept of a text lies, no row twice; below 0
-            is nowhere: it begins with zeros, and nothing is kept. None where text i has row i.
+            is nowhere: it begins with zeros, and nothing is kept. None if text i has row i.
         counts: (n,) int64, how many tokens of a rectangle's row are real, the rest being padding
             behind; None for all.
     """

@@ -53,7 +53,7 @@ class Held(NamedTuple):
 
 
 def held(matrix: Matrix, O: int, I: int, dtype: torch.dtype, E: int | None = None) -> Held | None:
-    """Return a weight for vectors (..., I) of a dtype; None where kernels cannot read either.
+    """Return a weight for vectors (..., I) of a dtype; None if kernels cannot read either.
 
     Args:
         O: how many rows it has.

@@ -25,7 +25,7 @@ class RequestRecord:
         due: when it was to be sent; in an open loop, also if its client was late.
         came: when each piece of text came.
         ended: when it was over.
-        status: of HTTP; None where there was no answer.
+        status: of HTTP; None if there was no answer.
         error: what went wrong, without anything of the prompt.
         dropped: whether its client hung up.
         prompt: tokens of the prompt, as the server counts them.

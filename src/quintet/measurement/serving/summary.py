@@ -46,7 +46,7 @@ class Goals:
         return cls(**found)
 
     def met(self, one: Mapping[str, float]) -> bool:
-        """Tell whether an answer met them; one of a single token has no time a token."""
+        """Return whether an answer met them; one of a single token has no time a token."""
         wanted = (("ttft", self.ttft), ("tpot", self.tpot), ("e2e", self.e2e))
         return all(most is None or one.get(name, 0.0) <= most / 1e3 for name, most in wanted)
 

@@ -39,7 +39,7 @@ class Offered:
         where: it stands in the request.
         name: what calls it.
         description: what it does.
-        parameters: a JSON schema; None where it takes none.
+        parameters: a JSON schema; None if it takes none.
         strict: whether arguments have to keep to that; None if nothing is said.
     """
 

@@ -11,7 +11,7 @@ router = APIRouter(tags=["operation"])
 @router.get("/health")
 @router.head("/health", include_in_schema=False)
 async def health(request: Request) -> JSONResponse:
-    """Say whether the models answer: 200, or 503 when one has failed for good."""
+    """Return 200 if the models answer, or 503 if one has failed for good."""
     if service_of(request).healthy:
         return JSONResponse({"status": "ok"})
     return JSONResponse({"status": "failed"}, 503)
@@ -20,7 +20,7 @@ async def health(request: Request) -> JSONResponse:
 @router.get("/ready")
 @router.head("/ready", include_in_schema=False)
 async def ready(request: Request) -> JSONResponse:
-    """Say whether new requests are taken: 200, or 503 while the server ends or has failed."""
+    """Return 200 if new requests are taken, or 503 while the server ends or has failed."""
     service = service_of(request)
     if service.draining:
         return JSONResponse({"status": "draining"}, 503, {"Retry-After": "1"})

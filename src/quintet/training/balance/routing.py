@@ -44,7 +44,7 @@ class Routing:
         count: how many texts the batch has.
         tokens: how many tokens the batch has, of which other processes may have run some.
         depth: how many layers with experts were run, of which other processes may have run some.
-        loads: (L, E) how often each expert is chosen in all parts of the step; None where this is
+        loads: (L, E) how often each expert is chosen in all parts of the step; None if this is
             the only part.
         chunks: which tokens these are, where processes share rows; None for all.
     """

@@ -172,6 +172,6 @@ class Pool:
         return [part for part in parts if self._anything(Piece(*part))]
 
     def _anything(self, piece: Piece) -> bool:
-        """Tell whether something is learned of a part; of a pair, of both answers."""
+        """Return whether a part has labels; of a pair, both answers."""
         texts = [self.text(piece, other) for other in range(1 + self.paired)]
         return all(text.learned is None or text.learned[1:].any() for text in texts)

@@ -13,7 +13,7 @@ from quintet.training.data.settings import FieldNames, Kind
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """The ids of a document, and 1 for each that is learned; None where all are."""
+    """The ids of a document, and 1 for each that is learned; None if all are."""
 
     ids: list[int]
     learned: list[int] | None = None

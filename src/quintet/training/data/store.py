@@ -49,7 +49,7 @@ class Store:
 
     Attributes:
         ids: of all documents.
-        learned: 1 for each id that is learned, or None where all are.
+        learned: 1 for each id that is learned, or None if all are.
         ends: where each document ends.
         bytes: how many bytes of text each has.
         hashes: 64 bits that follow from each one's text.

@@ -180,7 +180,7 @@ class Preference:
 
 
 def _log_probs(model: CausalLMHead, batch: Batch, labels: Tensor) -> Tensor | None:
-    """Return log p of each row, (B,); None where another process has the last layer."""
+    """Return log p of each row, (B,); None if another process has the last layer."""
     if model.ends_here:
         return log_probs_of_rows(model, batch, labels)
     states_of(model, batch)

@@ -32,7 +32,7 @@ class Layout(Protocol):
 
         Args:
             parts: each runs the model over a part, and returns what it adds to what is minimised;
-                None where other processes alone find that.
+                None if other processes alone find that.
             sizes: how many tokens, with padding, each has.
         """
         ...
@@ -55,7 +55,7 @@ class Layout(Protocol):
         ...
 
     def apart(self, name: str, tensor: Tensor) -> bool:
-        """Tell whether any one matrix of a parameter lies in several processes."""
+        """Return whether any one matrix of a parameter lies in several processes."""
         ...
 
     def whole(self, name: str, tensor: Tensor) -> Tensor:
@@ -67,11 +67,11 @@ class Layout(Protocol):
         ...
 
     def counts(self, name: str) -> bool:
-        """Tell whether a tensor that is here counts here: of layers, others may have it too."""
+        """Return whether a tensor that is here counts here: of layers, others may have it too."""
         ...
 
     def elsewhere(self, name: str) -> bool:
-        """Tell whether other processes have a tensor, and this one nothing of it."""
+        """Return whether only other processes have a tensor."""
         ...
 
     def collected(self, own: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
@@ -112,7 +112,7 @@ class LocalLayout:
         return [norm(group.values()) for group in groups]
 
     def apart(self, name: str, tensor: Tensor) -> bool:
-        """Tell that none does."""
+        """Return False."""
         return False
 
     def whole(self, name: str, tensor: Tensor) -> Tensor:
@@ -124,11 +124,11 @@ class LocalLayout:
         return tensor
 
     def counts(self, name: str) -> bool:
-        """Tell that each does."""
+        """Return True."""
         return True
 
     def elsewhere(self, name: str) -> bool:
-        """Tell that none is."""
+        """Return False."""
         return False
 
     def collected(self, own: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
