@@ -176,6 +176,7 @@ def test_any_interleaving() -> None:
         runner.turn()
         assert not steps.held
         assert not runner.scheduler.all()
+        assert not runner.state.lost
         assert runner.prefix.nbytes <= limits.kept
         for request, news in told.items():
             ends = [one for one in news if not isinstance(one, Answer) or one.finish_reason]
@@ -186,3 +187,14 @@ def test_any_interleaving() -> None:
             assert made == list(range(after + 1, after + 1 + len(made)))
             if ends and isinstance(ends[0], Answer):
                 assert len(made) == request.text.room
+
+
+def test_a_row_that_nobody_has_is_free_when_the_engine_is_idle() -> None:
+    steps = Steps(2, random.Random(1))
+    runner = Runner(steps, Limits(rows=2, capacity=10), float, Cost(0, 1))  # type: ignore[arg-type]
+    steps.add(Text([1, 2], 3))
+    runner.turn()
+    assert not steps.held
+    assert runner.state.lost == 1
+    runner.turn()
+    assert runner.state.lost == 1

@@ -41,6 +41,7 @@ COUNTERS: tuple[tuple[str, str, Number], ...] = (
     ("state_snapshots", "Recurrent states that were kept.", lambda s: s.snapshots),
     ("state_restores", "Requests that went on from what was kept.", lambda s: s.restored),
     ("preemptions", "Rows that were given back before the end.", lambda s: s.preempted),
+    ("integrity_failures", "Rows that no request had any more.", lambda it: it.lost),
     ("spec_drafted_tokens", "Tokens that were drafted.", lambda s: s.drafted),
     ("spec_accepted_tokens", "Those of them that held.", lambda s: s.accepted),
     ("engine_steps", "Forwards.", lambda s: s.steps),

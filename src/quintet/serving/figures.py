@@ -85,6 +85,7 @@ class Snapshot:
         drafted: how many drafted tokens were checked.
         accepted: how many of them held.
         preempted: how often a row was given back.
+        lost: how many rows no request had any more, which is a fault of the engine.
         evicted: how often something that was read before was forgotten for want of room.
         snapshots: how often recurrent states were kept.
         restored: how often a request went on from something that was read before.
@@ -119,6 +120,7 @@ class Snapshot:
     drafted: int = 0
     accepted: int = 0
     preempted: int = 0
+    lost: int = 0
     evicted: int = 0
     snapshots: int = 0
     restored: int = 0
@@ -158,7 +160,7 @@ class Figures:
     def __init__(self) -> None:
         self.generated = self.queried = self.cached = self.read = 0
         self.drafted = self.accepted = 0
-        self.preempted = self.snapshots = self.restored = 0
+        self.preempted = self.lost = self.snapshots = self.restored = 0
         self.overhead_seconds = 0.0
         self.queue_seconds = Distributing(WAITS)
         self.prefill_seconds = Distributing(WAITS)
@@ -207,6 +209,7 @@ class Figures:
             drafted=self.drafted,
             accepted=self.accepted,
             preempted=self.preempted,
+            lost=self.lost,
             snapshots=self.snapshots,
             restored=self.restored,
             copied=dict(self.copied),

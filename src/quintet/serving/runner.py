@@ -132,7 +132,10 @@ class Runner(PromptReuse):
 
     def turn(self, *, wait: bool = False) -> bool:
         """Read messages, carry out a plan and deliver; return whether there was work."""
-        self._read_messages(wait=wait and not len(self.scheduler))
+        idle = not len(self.scheduler)
+        if idle:
+            self._free_lost_rows()
+        self._read_messages(wait=wait and idle)
         began, self._stepping = self._clock(), 0.0
         self._turning = began
         plan: Plan[Request] = Plan()
@@ -145,6 +148,13 @@ class Runner(PromptReuse):
         self._turning = None
         self.figures.overhead_seconds += self._clock() - began - self._stepping
         return not plan.idle
+
+    def _free_lost_rows(self) -> None:
+        """Free rows while nobody has one; there are none unless something here is wrong."""
+        for text in self.engine.sequences:
+            log.error("a row was held by no request, and is free again")
+            self.figures.lost += 1
+            self.engine.remove(text)
 
     def _read_messages(self, *, wait: bool) -> None:
         try:
