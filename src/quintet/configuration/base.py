@@ -2,6 +2,7 @@
 
 import copy
 import difflib
+import functools
 import inspect
 import json
 import os
@@ -346,8 +347,7 @@ class PreTrainedConfig(ConfigContract, ConfigViews, Pushable):
     @classmethod
     def declared_keys(cls) -> dict[str, Any]:
         """Return the declared keys and their annotations, the common ones first."""
-        hints = get_type_hints(cls, include_extras=True)
-        return {key: hint for key, hint in hints.items() if get_origin(hint) is not ClassVar}
+        return {**_declared(cls)}
 
     @classmethod
     def accepted_keys(cls) -> list[str]:
@@ -383,6 +383,12 @@ class PreTrainedConfig(ConfigContract, ConfigViews, Pushable):
                     UnknownKeyWarning,
                     stacklevel=3,
                 )
+
+
+@functools.cache
+def _declared(kind: type) -> Mapping[str, Any]:
+    hints = get_type_hints(kind, include_extras=True)
+    return {key: hint for key, hint in hints.items() if get_origin(hint) is not ClassVar}
 
 
 def _view(key: str) -> property:

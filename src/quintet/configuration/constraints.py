@@ -86,9 +86,13 @@ def check(owner: str, key: str, value: Any, annotation: Any) -> None:
 
 
 def _fits(value: Any, annotation: Any) -> bool:
-    origin, args = get_origin(annotation), get_args(annotation)
+    if annotation is bool or annotation is str or annotation is types.NoneType:
+        return isinstance(value, annotation)
+    if annotation is int:
+        return isinstance(value, int) and not isinstance(value, bool)
     if annotation is Any:
         return True
+    origin, args = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         if not all(rule.holds(value) for rule in args[1:] if isinstance(rule, MostItems)):
             return False
@@ -120,9 +124,7 @@ def _fits(value: Any, annotation: Any) -> bool:
         # Compared, not asked by isfinite, which fails on an integer too long for a float; torch
         # fails on one too long for 64 bits.
         return is_number and abs(value) <= (2**63 if isinstance(value, int) else sys.float_info.max)
-    if annotation is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if annotation is None or annotation is types.NoneType:
+    if annotation is None:
         return value is None
     return isinstance(value, annotation)
 
