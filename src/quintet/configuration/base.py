@@ -347,7 +347,9 @@ class PreTrainedConfig(ConfigContract, ConfigViews, Pushable):
     @classmethod
     def declared_keys(cls) -> dict[str, Any]:
         """Return the declared keys and their annotations, the common ones first."""
-        return {**_declared(cls)}
+        # As a class it has a hash, which its objects have not.
+        kind: type = cls
+        return {**_declared(kind)}
 
     @classmethod
     def accepted_keys(cls) -> list[str]:
