@@ -13,7 +13,7 @@ from quintet.errors import InputError
 from quintet.generation.choosing import Choosing
 from quintet.generation.processors.assemble import Setting, assemble
 from quintet.generation.processors.base import LogitsProcessor, LogitsWarper
-from quintet.generation.processors.warpers import TemperatureLogitsWarper, beside, kind, of_rows
+from quintet.generation.processors.warpers import TemperatureLogitsWarper, kind, of_rows, stack
 from quintet.generation.sampler import Sampler
 from quintet.generation.token_buffer import TokenBuffer
 from quintet.ops.sampling import NothingLeftError
@@ -111,13 +111,13 @@ def test_numbers_of_rows_warp_each_as_its_own(name: str, V: int) -> None:
         # Some values ask for nothing.
         warpers.append(made[0] if made else type(warpers[0])(value))
     assert len({kind(one) for one in warpers}) == 1
-    several = beside(warpers)
+    several = stack(warpers)
     together = several.warp(scores)
     for row, one in enumerate(warpers):
         assert torch.equal(together[row : row + 1], one.warp(scores[row : row + 1]))
     some = torch.tensor([3, 1, 1])
     assert torch.equal(of_rows(several, some).warp(scores[some]), together[some])
-    assert beside([warpers[1]] * 3) is warpers[1]
+    assert stack([warpers[1]] * 3) is warpers[1]
 
 
 def test_several_positions_keep_the_numbers_of_their_rows() -> None:
@@ -130,7 +130,7 @@ def test_several_positions_keep_the_numbers_of_their_rows() -> None:
     scores = torch.randn(2, 3, 90)
     # In one row, more tie with the seventh than are looked at first.
     scores[1, 1] = 0.0
-    together = Choice.beside(choices).warped_positions(scores)
+    together = Choice.stack(choices).warped_positions(scores)
     for row, choice in enumerate(choices):
         alone = choice.warped_positions(scores[row : row + 1])
         assert torch.equal(together[row : row + 1], alone)

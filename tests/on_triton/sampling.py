@@ -14,7 +14,7 @@ from quintet.generation.processors.warpers import (
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
-    beside,
+    stack,
 )
 from quintet.triton.sampling import draw
 
@@ -53,7 +53,7 @@ def by_steps(scores: Tensor, u: Tensor, **options: Any) -> tuple[Tensor, Tensor]
     warpers = []
     for name, value in options.items():
         if isinstance(value, Tensor):
-            warpers.append(beside([KINDS[name](one) for one in value[:, 0].tolist()]))
+            warpers.append(stack([KINDS[name](one) for one in value[:, 0].tolist()]))
         elif value is not None:
             warpers.append(KINDS[name](value))
     choice = Choice(warpers, do_sample=True)

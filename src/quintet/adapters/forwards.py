@@ -16,7 +16,6 @@ from quintet.adapters.bases import (
     shape_of,
     with_tensors,
 )
-from quintet.adapters.beside import FEW, Beside, Share
 from quintet.adapters.lowrank import (
     Addition,
     EmbeddingLowRank,
@@ -24,6 +23,7 @@ from quintet.adapters.lowrank import (
     LowRank,
     Remembered,
 )
+from quintet.adapters.stacked import FEW, Share, StackedLowRank
 from quintet.layers.adapted import AdaptedForward, Place, Places
 from quintet.layers.moe import ExpertStack
 from quintet.ops.moe import each_hit_expert, gated
@@ -157,7 +157,7 @@ class Forward(AdaptedForward):
 class _LinearForward(Forward):
     def __init__(self, module: nn.Module, places: Places) -> None:
         super().__init__(module, places)
-        self._beside: Remembered[Beside] = Remembered()
+        self._stacked: Remembered[StackedLowRank] = Remembered()
 
     def run(self, used: Sequence[InUse], x: Tensor) -> Tensor:
         base = self.based(used)
@@ -170,15 +170,15 @@ class _LinearForward(Forward):
             return super().by_rows(place, x)
         y: Tensor = self.call(self.module, x)
         which = place.per_vector(x.shape[:-1], x.device)
-        if which.numel() <= FEW and (beside := self._all_beside(used)) is not None:
-            return beside.added(x, y, which)
+        if which.numel() <= FEW and (stacked := self._all_stacked(used)) is not None:
+            return stacked.added(x, y, which)
         for number, found in enumerate(used):
             ours = which == number
             if found and bool(ours.any()):
                 y = y.index_put((ours,), self._added(found, self.module, x[ours], y[ours]))
         return y
 
-    def _all_beside(self, used: Sequence[Sequence[InUse]]) -> Beside | None:
+    def _all_stacked(self, used: Sequence[Sequence[InUse]]) -> StackedLowRank | None:
         """Return the additions of all adapters, or None if one has more, or may learn."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
@@ -194,7 +194,7 @@ class _LinearForward(Forward):
             return None
         tensors = [t for one in shares for t in (one.addition.lora_A, one.addition.lora_B)]
         numbers = [n for one in shares for n in (one.number, one.addition.scale * one.weight)]
-        return self._beside.get(tensors, lambda: Beside.of(shares), numbers)
+        return self._stacked.get(tensors, lambda: StackedLowRank.of(shares), numbers)
 
     def _added(self, used: Sequence[InUse], base: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """Add what adapters add to y = x·Wᵀ + b of a module."""

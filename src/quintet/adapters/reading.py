@@ -27,7 +27,7 @@ Adaptations = dict[tuple[nn.Module, str], Adaptation]
 Put = Callable[[Adaptation, Mapping[str, Tensor]], None]
 MAGNITUDE, BIAS = "lora_magnitude_vector", "lora_B.bias"
 # Keys that ask for tensors; without them, the adapter would be another one.
-ASKED = {MAGNITUDE: "use_dora", BIAS: "lora_bias"}
+EXPECTED_BY = {MAGNITUDE: "use_dora", BIAS: "lora_bias"}
 
 
 class MisfitError(CheckpointError):
@@ -203,8 +203,8 @@ class _Builder:
         return self._parameter()
 
     def _linear(self) -> Put:
-        beside = self._beside()
-        self._need({"lora_A.weight", "lora_B.weight", *beside}, {BIAS, MAGNITUDE})
+        extra = self._extra_leaves()
+        self._need({"lora_A.weight", "lora_B.weight", *extra}, {BIAS, MAGNITUDE})
         shape = shape_of(self.group.spot.module, "weight")
         assert shape is not None
         return partial(self._put_matrix, name="weight", scale=self._low_rank(shape[0], shape[1]))
@@ -230,8 +230,8 @@ class _Builder:
 
     def _one_expert(self, expert: int, part: str) -> Put:
         self._need({"lora_A.weight", "lora_B.weight"})
-        if beside := self._beside():
-            raise self._missing(sorted(beside))
+        if extra := self._extra_leaves():
+            raise self._missing(sorted(extra))
         stack = next((name for name, parts in EXPERT_STACKS.items() if part in parts), None)
         shape = None if stack is None else shape_of(self.group.spot.module, stack)
         if stack is None or shape is None or expert >= shape[0]:
@@ -255,8 +255,8 @@ class _Builder:
         )
 
     def _embedding(self) -> Put:
-        beside = self._beside() - {BIAS}
-        self._need({"lora_embedding_A", "lora_embedding_B", *beside}, {MAGNITUDE})
+        extra = self._extra_leaves() - {BIAS}
+        self._need({"lora_embedding_A", "lora_embedding_B", *extra}, {MAGNITUDE})
         shape = shape_of(self.group.spot.module, "weight")
         assert shape is not None
         V, C = shape
@@ -357,7 +357,7 @@ class _Builder:
                     f"model it has to be {list(wanted)}, with a rank of at least 1"
                 )
 
-    def _beside(self) -> set[str]:
+    def _extra_leaves(self) -> set[str]:
         """Return the tensors beside A and B that the configuration expects."""
         options = {MAGNITUDE: self.config.use_dora, BIAS: self.config.lora_bias}
         return {leaf for leaf, expected in options.items() if expected}
@@ -370,7 +370,7 @@ class _Builder:
             raise self._error(f"{', '.join(extra)} has no meaning there")
 
     def _missing(self, leaves: list[str]) -> CheckpointError:
-        says = [f"{key}=true" for leaf, key in ASKED.items() if leaf in leaves]
+        says = [f"{key}=true" for leaf, key in EXPECTED_BY.items() if leaf in leaves]
         why = f", and {ADAPTER_CONFIG_NAME} says {', '.join(says)}" if says else ""
         return self._error(f"{', '.join(leaves)} is missing{why}")
 

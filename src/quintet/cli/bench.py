@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from quintet.cli.beside import Beside
 from quintet.cli.compiling import have_kernels
+from quintet.cli.dispatching import DispatchingCommand
 from quintet.cli.options import kind_of, source_options, warnings_as_notes
 from quintet.cli.settings import COUNT, COUNT_OR_NONE, THREADS
 from quintet.cli.terminal import note
@@ -45,7 +45,7 @@ class _Numbers(click.ParamType[tuple[int, ...]]):
         return numbers
 
 
-class _Bench(Beside):
+class _Bench(DispatchingCommand):
     """One command, and a second one that measures a server, with other options."""
 
     others = MappingProxyType({"serve": "bench_serve"})

@@ -6,7 +6,7 @@ import sys
 from quintet.cli.terminal import Waiting, note
 
 # The line that says what is done comes after two seconds.
-SAID = 3.0
+NOTICE_AFTER = 3.0
 
 
 def have_kernels(quiet: bool) -> None:
@@ -18,7 +18,7 @@ def have_kernels(quiet: bool) -> None:
     from quintet.kernels.native import native
 
     try:
-        with Waiting("compiling", quiet, after=SAID):
+        with Waiting("compiling", quiet, after=NOTICE_AFTER):
             native()
     except KeyboardInterrupt:
         os.posix_spawn(

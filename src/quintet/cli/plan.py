@@ -29,7 +29,7 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 QUANTISED = ("int8", "int4", "nf4", "fp8")
 # How many tokens of a prompt are counted as being worked on at once.
 PROMPT = 512
-HELD = "the files' own quantisation"
+AS_STORED = "the files' own quantisation"
 MEMORY = "--device with its own, as in --device h100,memory=96GB"
 
 
@@ -218,13 +218,13 @@ def _plan(
         for device in capacity
         if device in placed.values()
     }
-    left = sum(room.values()) - size.weight_bytes
+    remaining = sum(room.values()) - size.weight_bytes
     per_token = size.cache_bytes(batch, 1, computed.itemsize) - size.cache_bytes(
         batch, 0, computed.itemsize
     )
     per_token += batch * per_draft
     if per_token:
-        most = min(config.max_position_embeddings, left // per_token)
+        most = min(config.max_position_embeddings, remaining // per_token)
         facts["longest context"] = most
     return facts, None
 
@@ -247,7 +247,7 @@ def _stored(
         return "fp8"
     request, scheme = resolve_quantization(settings, None, None, device), read(settings).scheme()
     plain = scheme is not None and isinstance(scheme.weights, FP8Format) and not request.keeps_fp8
-    return None if request.target is None or plain else HELD
+    return None if request.target is None or plain else AS_STORED
 
 
 def _size(
@@ -268,11 +268,11 @@ def _size(
     if stored is None:
         return measure(model, dtype)
     settings = vars(config).get("quantization_config")
-    if stored == HELD and tensors is not None and device is not None:
+    if stored == AS_STORED and tensors is not None and device is not None:
         mapping = map_keys(model, tensors, stored_as=read(settings))
         request = resolve_quantization(settings, None, None, device)
         return measure(model, dtype, request.scheme(mapping.formats))
-    wish = read(settings) if stored == HELD else SHORT[stored]
+    wish = read(settings) if stored == AS_STORED else SHORT[stored]
     return measure(model, dtype, None if wish is None else wish.scheme())
 
 

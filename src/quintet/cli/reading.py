@@ -95,8 +95,8 @@ class Reading:
         if not start <= stable < len(ids) or any(length == stable for length, _ in self._snapshots):
             return
         with torch.no_grad():
-            for at in range(start, stable, chunk or stable):
-                piece = [ids[at : min(at + (chunk or stable), stable)]]
+            for begin in range(start, stable, chunk or stable):
+                piece = [ids[begin : min(begin + (chunk or stable), stable)]]
                 run = torch.tensor(piece, dtype=torch.long, device=self._model.device)
                 self._model(run, past_key_values=self._cache, logits_to_keep=1)
         snapshot = self._cache.keep()

@@ -246,8 +246,8 @@ def _offer(wanted: Wanted, opening: Any) -> "tuple[Offer, Opened]":
     from quintet.server.registry import Offer
 
     loaded, opened = opening(wanted)
-    again = partial(_again, wanted, opening)
-    return Offer(wanted.name, again, tuple(wanted.adapters), loaded), opened
+    reload = partial(_again, wanted, opening)
+    return Offer(wanted.name, reload, tuple(wanted.adapters), loaded), opened
 
 
 def _again(wanted: Wanted, opening: Any) -> "Loaded":

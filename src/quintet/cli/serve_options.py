@@ -18,7 +18,7 @@ ENGINE = (
     *("rows", "capacity", "queue", "piece", "itl_target_ms", "memory", "ahead", "patience"),
     "kept",
 )
-TOLD = (
+SERVER = (
     *("host", "port", "insecure_no_auth", "allowed_hosts", "allowed_origins", "page", "docs"),
     *("strict", "speculate"),
 )
@@ -226,7 +226,7 @@ def settings_of(given: dict[str, Any], keys: tuple[str, ...]) -> "Settings":
     """
     from quintet.server.settings import Settings
 
-    names = (*TOLD, *(field for _, field, *_ in BOUNDS))
+    names = (*SERVER, *(field for _, field, *_ in BOUNDS))
     settings = Settings(keys=keys, **{name: given.pop(name) for name in names})
     settings.check_address()
     return settings

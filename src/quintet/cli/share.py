@@ -89,8 +89,8 @@ def own_group(path: str, given: Mapping[str, Any], where: Mapping[str, Any]) -> 
     config = AutoConfig.from_pretrained(path, **where)
     sizes = {f"{name}_size": given[name] for name in ("tp", "ep", "pp")}
     degrees = degrees_for(on_meta(config, torch.bfloat16), _degrees(sizes), processes())
-    at = degrees.coordinates(watching.rank)
-    return at["fsdp"], at["tp"] == at["pp"] == 0
+    coordinates = degrees.coordinates(watching.rank)
+    return coordinates["fsdp"], coordinates["tp"] == coordinates["pp"] == 0
 
 
 def _degrees(sizes: Mapping[str, int]) -> "DistributedConfig":

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from quintet.cli.beside import Beside
+from quintet.cli.dispatching import DispatchingCommand
 from quintet.cli.options import warnings_as_notes
 from quintet.cli.terminal import note
 from quintet.errors import MissingDependencyError
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 EXAMPLES = ("pretrain", "continue", "sft", "dpo")
 
 
-class _Train(Beside):
+class _Train(DispatchingCommand):
     """One command, and a second one that plots runs, with other options."""
 
     others = MappingProxyType({"plot": "train_plot"})

@@ -130,9 +130,9 @@ class Console:
         if record.balance:
             mean = sum(record.balance.values()) / len(record.balance)
             cells.append(f"MaxVio {mean:.2f}")
-        left = self._clock.left()
-        if left is not None and record.done < 1:
-            cells.append(f"{clock(left)} left")
+        seconds_left = self._clock.left()
+        if seconds_left is not None and record.done < 1:
+            cells.append(f"{clock(seconds_left)} left")
         return "  ".join(cells)
 
     def _show(self, line: str) -> None:

@@ -32,7 +32,7 @@ class Place:
     take: Callable[[Tensor], Tensor] = torch.Tensor.contiguous
 
 
-_THERE = {ours: theirs for theirs, ours in OUTSIDE.items()}
+_TO_FILE = {ours: theirs for theirs, ours in OUTSIDE.items()}
 _IN_LAYER = {ours: theirs for theirs, ours in LAYER.items()}
 _LAYER = re.compile(r"model\.layers\.(?P<layer>\d+)\.(?P<what>.+?)(\.(?P<leaf>weight|bias))?")
 _EXPERT = re.compile(r"mlp\.experts\.(?P<expert>\d+)\.(?P<which>gate|up|down)_proj")
@@ -52,8 +52,8 @@ def places_of(name: str, shape: Shape, values: Mapping[str, Any]) -> list[Place]
     Raises:
         UnsupportedModelError: llama.cpp would run the model without it.
     """
-    if name in _THERE:
-        return [Place(_THERE[name], shape)]
+    if name in _TO_FILE:
+        return [Place(_TO_FILE[name], shape)]
     found = _LAYER.fullmatch(name)
     if found is not None:
         layer, module, leaf = int(found["layer"]), found["what"], found["leaf"] or ""

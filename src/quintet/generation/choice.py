@@ -54,10 +54,10 @@ class Choice:
         return self.do_sample, self._k, *(warping.kind(warper) for warper in self.warpers)
 
     @classmethod
-    def beside(cls, choices: Sequence["Choice"]) -> "Choice":
+    def stack(cls, choices: Sequence["Choice"]) -> "Choice":
         """Join choices of one kind, a row each, into one with values per row."""
         columns = zip(*(choice.warpers for choice in choices), strict=True)
-        return cls([warping.beside(column) for column in columns], do_sample=choices[0].do_sample)
+        return cls([warping.stack(column) for column in columns], do_sample=choices[0].do_sample)
 
     def choose(
         self,

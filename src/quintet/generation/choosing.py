@@ -84,7 +84,7 @@ class Choosing:
             _Group(
                 rows,
                 None if len(kinds) == 1 else torch.tensor(rows, dtype=torch.long, device="cpu"),
-                Choice.beside([samplers[row].choice for row in rows]),
+                Choice.stack([samplers[row].choice for row in rows]),
             )
             for rows in kinds.values()
         ]

@@ -358,10 +358,12 @@ class Adapting(AdaptedRows):
     def _whose(self, config: LoraConfig) -> str:
         """Describe the adapter's base model, and this one."""
         sizes = f"{self.config.num_hidden_layers} layers of {self.config.hidden_size}"
-        here = f"{self.name_or_path or 'not from a file'}, a {self.config.model_type} with {sizes}"
+        this_model = (
+            f"{self.name_or_path or 'not from a file'}, a {self.config.model_type} with {sizes}"
+        )
         base = config.base_model_name_or_path
-        there = f"was trained on {shown(base)}" if base else "does not say what it was trained on"
-        return f"The adapter {there}; this model is {here}"
+        origin = f"was trained on {shown(base)}" if base else "does not say what it was trained on"
+        return f"The adapter {origin}; this model is {this_model}"
 
     def _layout(self) -> Layout:
         headless = self.base_model is self

@@ -5,7 +5,7 @@ import re
 import torch
 
 # What allocators of CPUs say, for which torch has no class.
-SAID = ("can't allocate memory", "not enough memory")
+PHRASES = ("can't allocate memory", "not enough memory")
 
 
 def host_memory() -> int:
@@ -39,4 +39,4 @@ def is_shortage(error: BaseException) -> bool:
     """Return whether an error is an out-of-memory error of any device."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in SAID)
+    return isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in PHRASES)

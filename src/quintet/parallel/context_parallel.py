@@ -174,11 +174,11 @@ def _states_before(final_states: Tensor, decay: Tensor, chunks: Chunks) -> Tenso
 
     Shapes: made (2B, H, P, N), what a chunk adds; decay (2B, H), the logarithm of what it leaves.
     """
-    added, left = chunks.joined(_both(final_states), 1), chunks.joined(_both(decay), 1).exp()
+    added, decayed = chunks.joined(_both(final_states), 1), chunks.joined(_both(decay), 1).exp()
     state, states = torch.zeros_like(added[:, 0]), []
     for k in range(added.shape[1]):
         states.append(state)
-        state = added[:, k] + left[:, k, :, None, None] * state
+        state = added[:, k] + decayed[:, k, :, None, None] * state
     return torch.cat(chunks.pair(torch.stack(states, dim=1)).unbind(dim=1))
 
 
@@ -306,9 +306,9 @@ class Sequences:
         whole = cache.segment(len(ids), states.shape[1], ids.device, None)
         for k in range(1, depth + 1):
             # Shifted before they are divided: the next token may be another process's.
-            behind = (0, min(k, ids.shape[1]))
-            later = F.pad(ids[:, k:], behind)
-            same = F.pad(index[:, k:], behind, value=-1) == index
+            padding = (0, min(k, ids.shape[1]))
+            later = F.pad(ids[:, k:], padding)
+            same = F.pad(index[:, k:], padding, value=-1) == index
             embeds = decoder.vectors(chunks.of(later))
             embeds = embeds.masked_fill(~chunks.of(same)[..., None], 0)
             states = decoder.predict(k - 1, states, embeds, (whole, (whole,)), cache, notes)

@@ -128,9 +128,9 @@ def _packed(
     kind_of = range(len(loads)) if kinds is None else kinds
     found: list[list[int]] = [[] for _ in range(bins)]
     weight = [0.0] * bins
-    for thing in sorted(range(len(loads)), key=lambda i: (-loads[i], kind_of[i])):
+    for item in sorted(range(len(loads)), key=lambda i: (-loads[i], kind_of[i])):
 
-        def has(b: int, kind: int = kind_of[thing]) -> bool:
+        def has(b: int, kind: int = kind_of[item]) -> bool:
             return any(kind_of[other] == kind for other in found[b])
 
         free = [b for b in range(bins) if len(found[b]) < room]
@@ -150,6 +150,6 @@ def _packed(
             found[target].append(given)
             weight[best] -= loads[given]
             weight[target] += loads[given]
-        found[best].append(thing)
-        weight[best] += loads[thing]
+        found[best].append(item)
+        weight[best] += loads[item]
     return found

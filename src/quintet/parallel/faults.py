@@ -70,9 +70,9 @@ class Watch:
     def __post_init__(self) -> None:
         self._waited_for = len(self.who) - 1
 
-    def tell(self, kind: Kind, text: str, at: tuple[str, bool], *, alarm: bool = True) -> None:
+    def tell(self, kind: Kind, text: str, place: tuple[str, bool], *, alarm: bool = True) -> None:
         """Leave a word for the others; with an alarm they hear it at once."""
-        word = Word(self.rank, kind, text, *at)
+        word = Word(self.rank, kind, text, *place)
         # Where the store is gone, so is who kept it, and all others.
         with suppress(RuntimeError):
             number = self.store.add("words", 1)
@@ -100,12 +100,12 @@ class Watch:
         None if all were told to end.
         """
         self._reported = True
-        at = place_of(traceback.walk_tb(error.__traceback__))
+        place = place_of(traceback.walk_tb(error.__traceback__))
         if isinstance(error, RankFailedError):
-            self.tell("lost", str(error), at)
+            self.tell("lost", str(error), place)
             return error
-        kind = _kind(error, inside=at[1])
-        self.tell(kind, _in_a_line(error), at)
+        kind = _kind(error, inside=place[1])
+        self.tell(kind, _in_a_line(error), place)
         return error if kind in ("failed", "interrupted") else self._found(late=kind == "late")
 
     def _found(self, *, late: bool) -> RankFailedError | None:

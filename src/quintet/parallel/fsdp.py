@@ -174,9 +174,9 @@ def _mesh(world: World, along: str) -> Any:
     same = ("pp", "cp", "tp") if along == "fsdp" else ("pp", "ep")
     rows: dict[int, dict[int, int]] = {}
     for rank in range(degrees.size):
-        at = degrees.coordinates(rank)
-        if all(at[axis] == own[axis] for axis in same):
-            rows.setdefault(at["dp"], {})[at[along]] = rank
+        coordinates = degrees.coordinates(rank)
+        if all(coordinates[axis] == own[axis] for axis in same):
+            rows.setdefault(coordinates["dp"], {})[coordinates[along]] = rank
     ranks = [[row[i] for i in range(degrees.of(along))] for _, row in sorted(rows.items())]
     groups = [world.groups["dp"], world.groups[along]]
     return DeviceMesh.from_group(groups, device, mesh=ranks, mesh_dim_names=("dp", along))

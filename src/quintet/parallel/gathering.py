@@ -68,8 +68,8 @@ def to_first(own: Iterable[tuple[str, Tensor]], world: World) -> Iterator[tuple[
 
     Every process reads it to its end. One tensor of another stage is on its way at a time.
     """
-    at = world.coordinates
-    sends = at["pp"] > 0 and not any(at[axis] for axis in DENSE if axis != "pp")
+    coordinates = world.coordinates
+    sends = coordinates["pp"] > 0 and not any(coordinates[axis] for axis in DENSE if axis != "pp")
     for name, tensor in own:
         if sends:
             _send_spec(

@@ -321,13 +321,17 @@ def _take_interface(address: str) -> None:
         # Nothing is sent: this only asks by which way it would be.
         asking.connect((address, 9))
         own = asking.getsockname()[0]
-        name = next((name for name, at in _interfaces().items() if at == own), None)
+        name = next(
+            (name for name, own_address in _interfaces().items() if own_address == own), None
+        )
         if name is not None:
             os.environ["GLOO_SOCKET_IFNAME"] = name
 
 
 def _no_network(launch: Launch, error: RuntimeError) -> DistributedError:
-    interfaces = ", ".join(f"{name} ({at})" for name, at in _interfaces().items()) or "none"
+    interfaces = (
+        ", ".join(f"{name} ({address})" for name, address in _interfaces().items()) or "none"
+    )
     named = os.environ.get("GLOO_SOCKET_IFNAME", "")
     return DistributedError(
         f"rank {launch.rank} cannot reach the other processes: {' '.join(str(error).split())[:300]}"

@@ -141,15 +141,15 @@ class Lockstep:
         received_heads = torch.empty_like(sent_heads)
         dist.all_to_all_single(received_heads, sent_heads, group=self.group)
         # This is the one thing that is waited for.
-        both = torch.stack((sent_heads, received_heads)).tolist()
-        places = [row[0] for row in both[1]]
+        heads = torch.stack((sent_heads, received_heads)).tolist()
+        places = [row[0] for row in heads[1]]
         if min(places) <= FAILED:
             self._end(places)
         block, alike = max(places), min(places) == max(places)
         if block <= DONE:
             return None, alike
-        _, dtype, width = both[1][places.index(block)][:HEAD]
-        sent, received = ([_rows(row, block) for row in of_one] for of_one in both)
+        _, dtype, width = heads[1][places.index(block)][:HEAD]
+        sent, received = ([_rows(row, block) for row in of_one] for of_one in heads)
         counts_received = received_heads[:, HEAD : HEAD + self.blocks[block - 1].own]
         if not alike:
             counts_received = counts_received * (received_heads[:, :1] == block)

@@ -92,12 +92,12 @@ class Shard:
 
     def rows(self, start: int, end: int) -> "Shard":
         """Return the shard of the rows from `start` to `end` of this part."""
-        found, at = [], 0
+        found, position = [], 0
         for first, last in self.ranges.get(0, ((0, self.shape[0]),)):
-            own = max(start - at, 0), min(end - at, last - first)
+            own = max(start - position, 0), min(end - position, last - first)
             if own[0] < own[1]:
                 found.append((first + own[0], first + own[1]))
-            at += last - first
+            position += last - first
         return replace(self, ranges={**self.ranges, 0: tuple(found) or ((0, 0),)}, common=())
 
     def piece(self, index: int, rows: slice) -> tuple["Shard", tuple[int, slice]] | None:
@@ -136,10 +136,10 @@ class Shard:
         """Yield each block of the part, and where it is in the whole."""
         found: list[tuple[tuple[slice, ...], tuple[slice, ...]]] = [((), ())]
         for dim, size in enumerate(self.shape):
-            places, at = [], 0
+            places, position = [], 0
             for start, end in self.ranges.get(dim, ((0, size),)):
-                places.append((slice(at, at + end - start), slice(start, end)))
-                at += end - start
+                places.append((slice(position, position + end - start), slice(start, end)))
+                position += end - start
             found = [((*s, a), (*t, b)) for s, t in found for a, b in places]
         yield from found
 
@@ -205,7 +205,9 @@ def _check_seats(path: str, order: tuple[int, ...], experts: int, count: int) ->
             )
 
 
-def place(names: Mapping[str, tuple[int, ...]], sharding: Sharding, at: Place) -> dict[str, Shard]:
+def place(
+    names: Mapping[str, tuple[int, ...]], sharding: Sharding, process: Place
+) -> dict[str, Shard]:
     """Return a process's shard of each tensor of a model, by its name and whole shape.
 
     Raises:
@@ -214,14 +216,14 @@ def place(names: Mapping[str, tuple[int, ...]], sharding: Sharding, at: Place) -
     found = {}
     first_only, partial = set(sharding.first_only), set(sharding.partial)
     for name, shape in names.items():
-        shard = shard_of(name, shape, cuts_of(name, sharding), at)
-        if name in first_only and at.tp[0] > 0:
+        shard = shard_of(name, shape, cuts_of(name, sharding), process)
+        if name in first_only and process.tp[0] > 0:
             shard = replace(shard, zero=True)
-        if name in partial and at.tp[1] > 1:
+        if name in partial and process.tp[1] > 1:
             # Of experts, those alone have parts of a gradient that have the same ones.
             apart = any(cut.axis == "ep" for cut in cuts_of(name, sharding))
-            unit, units = at.ep if apart else (0, 1)
-            if units < at.tp[1]:
+            unit, units = process.ep if apart else (0, 1)
+            if units < process.tp[1]:
                 rows = (0, shard.local_shape[0])
                 shard = replace(shard, common=(*shard.common, Common(0, rows, unit, units)))
         found[name] = shard
@@ -258,7 +260,7 @@ def cuts_of(name: str, sharding: Sharding) -> tuple[Cut, ...]:
     return sharding.parameters[name]
 
 
-def shard_of(name: str, shape: tuple[int, ...], cuts: tuple[Cut, ...], at: Place) -> Shard:
+def shard_of(name: str, shape: tuple[int, ...], cuts: tuple[Cut, ...], process: Place) -> Shard:
     """Return a process's shard of one tensor.
 
     Raises:
@@ -267,7 +269,7 @@ def shard_of(name: str, shape: tuple[int, ...], cuts: tuple[Cut, ...], at: Place
     ranges: dict[int, tuple[Range, ...]] = {}
     common: list[Common] = []
     for cut in cuts:
-        index, count = at.along(cut.axis)
+        index, count = process.along(cut.axis)
         if count == 1:
             continue
         width = sum(section.count * section.width for section in cut.sections)

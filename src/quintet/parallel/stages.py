@@ -78,7 +78,7 @@ def cost_of(module: nn.Module) -> Cost:
     return Cost(numbers, 0 if looked_up else numbers - idle)
 
 
-def split(layers: Sequence[Cost], count: int, before: Cost, behind: Cost) -> list[range]:
+def split(layers: Sequence[Cost], count: int, before: Cost, after: Cost) -> list[range]:
     """Give `count` stages runs of layers, so that none takes much more memory or time than others.
 
     What is least is the largest share that a stage has, of all weights or of all products,
@@ -92,7 +92,7 @@ def split(layers: Sequence[Cost], count: int, before: Cost, behind: Cost) -> lis
         raise InputError(
             f"pp={count} stages of {size} layers: each has at least one; use pp <= {size}"
         )
-    total = sum(layers, before + behind)
+    total = sum(layers, before + after)
     sums = [Cost(0, 0)]
     for one in layers:
         sums.append(sums[-1] + one)
@@ -100,7 +100,7 @@ def split(layers: Sequence[Cost], count: int, before: Cost, behind: Cost) -> lis
     def share(start: int, end: int, stage: int) -> float:
         numbers = sums[end].numbers - sums[start].numbers
         products = sums[end].products - sums[start].products
-        for at_end, more in ((stage == 0, before), (stage == count - 1, behind)):
+        for at_end, more in ((stage == 0, before), (stage == count - 1, after)):
             numbers += more.numbers if at_end else 0
             products += more.products if at_end else 0
         return max(numbers / max(total.numbers, 1), products / max(total.products, 1))
@@ -189,9 +189,9 @@ def stages_of(
             "of models that predict tokens; use tp or fsdp"
         )
     costs = [cost_of(layer) for layer in base.layers]
-    behind = sum(map(cost_of, heads.values()), Cost(0, 0))
+    head_cost = sum(map(cost_of, heads.values()), Cost(0, 0))
     size = count * runs_each
-    runs = split(costs[:main], size, cost_of(base.embed_tokens), sum(costs[main:], behind))
+    runs = split(costs[:main], size, cost_of(base.embed_tokens), sum(costs[main:], head_cost))
     processes = owners(count, runs_each, folded=folded, backwards=backwards)
 
     def holders(name: str) -> Iterator[int]:

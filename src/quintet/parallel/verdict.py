@@ -76,8 +76,8 @@ def verdict(
     """
     for word in words.values():
         if word.kind == "failed":
-            at = f" ({word.place})" if word.place else ""
-            return _blame(word.rank, who, f"failed: {word.text}{at}", "all end with it")
+            location = f" ({word.place})" if word.place else ""
+            return _blame(word.rank, who, f"failed: {word.text}{location}", "all end with it")
     if silent := [rank for rank in who if rank not in words]:
         more = f" (so have {len(silent) - 1} more)" if len(silent) > 1 else ""
         if late:

@@ -73,9 +73,11 @@ class Degrees:
 
     def place(self, rank: int) -> Place:
         """Return the part of the model that a process has."""
-        at = self.coordinates(rank)
+        coordinates = self.coordinates(rank)
         return Place(
-            tp=(at["tp"], self.tp), ep=(at["ep"], self.ep), etp=(at["etp"], self.of("etp"))
+            tp=(coordinates["tp"], self.tp),
+            ep=(coordinates["ep"], self.ep),
+            etp=(coordinates["etp"], self.of("etp")),
         )
 
 
@@ -155,8 +157,8 @@ class World:
     @property
     def share(self) -> tuple[int, int]:
         """The index of this process's group of texts, and the number of groups."""
-        at, degrees = self.coordinates, self.degrees
-        return at["dp"] * degrees.fsdp + at["fsdp"], degrees.dp * degrees.fsdp
+        coordinates, degrees = self.coordinates, self.degrees
+        return coordinates["dp"] * degrees.fsdp + coordinates["fsdp"], degrees.dp * degrees.fsdp
 
 
 def _lines(places: list[dict[str, int]], axis: str) -> list[list[int]]:
@@ -169,12 +171,12 @@ def _lines(places: list[dict[str, int]], axis: str) -> list[list[int]]:
         "model": ("dp", "fsdp"),
     }.get(axis, tuple(a for a in DENSE if a != axis))
     found: dict[tuple[int, ...], list[int]] = {}
-    for rank, at in enumerate(places):
-        key = tuple(at[a] for a in outer)
+    for rank, coordinates in enumerate(places):
+        key = tuple(coordinates[a] for a in outer)
         if axis == "ep":
-            key = (*key, at["etp"], _copy(rank, places, "ep"))
+            key = (*key, coordinates["etp"], _copy(rank, places, "ep"))
         elif axis == "etp":
-            key = (*key, at["ep"], _copy(rank, places, "etp"))
+            key = (*key, coordinates["ep"], _copy(rank, places, "etp"))
         found.setdefault(key, []).append(rank)
     return list(found.values())
 

@@ -178,16 +178,16 @@ class Slot:
             raise CheckpointError(f"{source}: {error}") from error
 
 
-def _encoded_again(weight: Encoded, to: WeightFormat, device: torch.device | None) -> Parts:
+def _encoded_again(weight: Encoded, target: WeightFormat, device: torch.device | None) -> Parts:
     """Re-encode a matrix in another format, via float32."""
     (rows, columns), source = weight.shape, weight.parts[""]
-    specs = to.parts(weight.shape)
+    specs = target.parts(weight.shape)
     # Where each row is by itself in both, not all of them have to be there as numbers at once.
     alone = all(spec.shape[0] == rows for spec in specs.values()) and weight.format.cuts(1)
     height = max(NUMBERS // columns, 1) if alone else rows
     if height >= rows:
         plain = weight.decode(torch.float32)
-        return to.encode(plain.to(device or plain.device))
+        return target.encode(plain.to(device or plain.device))
     encoded = {
         suffix: torch.empty(spec.shape, dtype=spec.dtype, device=device or source.device)
         for suffix, spec in specs.items()
@@ -196,7 +196,7 @@ def _encoded_again(weight: Encoded, to: WeightFormat, device: torch.device | Non
         end = min(start + height, rows)
         parts = {suffix: part[start:end] for suffix, part in weight.parts.items()}
         plain = weight.format.decode(parts, (end - start, columns), torch.float32)
-        for suffix, part in to.encode(plain.to(device or plain.device)).items():
+        for suffix, part in target.encode(plain.to(device or plain.device)).items():
             encoded[suffix][start:end] = part
     return encoded
 

@@ -128,22 +128,22 @@ class CompressedTensorsConfig(FileConfig):
             return None
         one = self._weights(weight.removesuffix(".weight"))
         dtype = dtype_of(tensors, f"{weight}_scale")
-        beside = {
+        scales = {
             ending: tensors[f"{weight}_{ending}"].shape
             for ending in ("shape", "g_idx", "zero_point", "global_scale")
             if f"{weight}_{ending}" in tensors
         }
         if packed is not None and packed.dtype == torch.uint8:
-            return FP4Format(16 if "global_scale" in beside else 32, "global_scale" in beside)
+            return FP4Format(16 if "global_scale" in scales else 32, "global_scale" in scales)
         if packed is not None or plain is None:
             return PackedFormat(
                 one.bits,
                 one.group,
                 one.symmetric,
-                one.ordered and "g_idx" in beside,
+                one.ordered and "g_idx" in scales,
                 dtype,
                 whole=one.whole,
-                present=tuple(name for name in ("shape", "g_idx") if name in beside),
+                present=tuple(name for name in ("shape", "g_idx") if name in scales),
             )
         if plain.dtype == torch.float8_e4m3fn:
             return FP8File(_block(one), whole=one.whole)

@@ -48,10 +48,10 @@ class PackedFormat(GroupedFormat):
             "shape": (-1,),
             "g_idx": (columns,),
         }
-        beside = ["scale", *self.present, *([] if self.symmetric else ["zero_point"])]
+        suffixes = ["scale", *self.present, *([] if self.symmetric else ["zero_point"])]
         return {
             "": (f"{weight}_packed", (*lead, rows, _words(columns, self.bits))),
-            **{key: (f"{weight}_{key}", shapes[key]) for key in beside},
+            **{key: (f"{weight}_{key}", shapes[key]) for key in suffixes},
         }
 
     def unpack(self, weight: str, found: Parts, shape: Shape) -> dict[str, Tensor]:
@@ -98,11 +98,11 @@ class IntegersFormat(GroupedFormat):
     whole: bool = False
 
     def files(self, weight: str, shape: Shape) -> dict[str, tuple[str, Shape]]:
-        beside = (*shape[:-1], group_count(shape[-1], self.group))
+        scale_shape = (*shape[:-1], group_count(shape[-1], self.group))
         names = ["scale", *([] if self.symmetric else ["zero_point"])]
         return {
             "": (weight, shape),
-            **{key: (f"{weight}_{key}", (-1,) if self.whole else beside) for key in names},
+            **{key: (f"{weight}_{key}", (-1,) if self.whole else scale_shape) for key in names},
         }
 
     def unpack(self, weight: str, found: Parts, shape: Shape) -> dict[str, Tensor]:
@@ -242,7 +242,7 @@ class FP4Format(FileFormat):
         )
         decoded = torch.empty(*packed.shape[:-1], columns, dtype=dtype, device=packed.device)
         scales = parts["_scale"].reshape(-1, parts["_scale"].shape[-1])
-        for rows, to, row_scale in zip(
+        for rows, target, row_scale in zip(
             bands(packed.reshape(-1, packed.shape[-1]), columns),
             bands(decoded.view(-1, columns)),
             bands(scales, columns),
@@ -250,7 +250,7 @@ class FP4Format(FileFormat):
         ):
             places = torch.stack((rows & 15, rows >> 4), dim=-1).flatten(-2)[:, :columns]
             along = row_scale.repeat_interleave(self.group, dim=-1)[:, :columns]
-            to.copy_(table[places.to(torch.int64)] * along)
+            target.copy_(table[places.to(torch.int64)] * along)
         return decoded
 
 

@@ -40,9 +40,9 @@ def _all_fit(
 ) -> bool:
     etp = max(count // ep, 1)
     for index in range(count):
-        at = Place(tp=(index, count), ep=(0, ep), etp=(index % etp, etp))
+        process = Place(tp=(index, count), ep=(0, ep), etp=(index % etp, etp))
         try:
-            shard = shard_of(name, shape, table.parameters[name], at)
+            shard = shard_of(name, shape, table.parameters[name], process)
         except InputError:
             return False
         if not _fits(slot, shard):

@@ -71,8 +71,8 @@ class GPTQFormat(GroupedFormat):
             "bias": (shape[0],),
         }
         path = weight.removesuffix("weight")
-        beside = {name: (path + name, shapes[name]) for name in self.present}
-        return {"": (path + "qweight", (columns // words, rows)), **beside}
+        others = {name: (path + name, shapes[name]) for name in self.present}
+        return {"": (path + "qweight", (columns // words, rows)), **others}
 
     def unpack(self, weight: str, found: Parts, shape: Shape) -> dict[str, Tensor]:
         """Return the parts, given the tensors on disk.

@@ -147,7 +147,7 @@ class GroupedFormat(FileFormat):
             index = torch.arange(columns, device=levels.device, dtype=torch.long) // max(size, 1)
         scales, offsets = (parts[s].reshape(-1, groups) for s in ("_scale", "_offset"))
         decoded = torch.empty(levels.shape, dtype=dtype, device=levels.device)
-        for rows, to, group_scale, more in zip(
+        for rows, target, group_scale, more in zip(
             bands(levels.reshape(-1, columns)),
             bands(decoded.view(-1, columns)),
             bands(scales, columns),
@@ -155,7 +155,7 @@ class GroupedFormat(FileFormat):
             strict=True,
         ):
             numbers = rows.to(torch.float32).mul_(group_scale[:, index]).add_(more[:, index])
-            to.copy_(numbers)
+            target.copy_(numbers)
         return decoded
 
     @property

@@ -36,11 +36,11 @@ def stored(
     """Find the tensors of a checkpoint that hold each tensor in `wanted`."""
     result = {}
     # What has a place of its own, such as a bias, is no part of a matrix.
-    beside = {name: info for name, info in tensors.items() if len(wanted.get(name, ())) != 1}
+    others = {name: info for name, info in tensors.items() if len(wanted.get(name, ())) != 1}
     for name, shape in wanted.items():
         weight_format = None
         if config is not None and len(shape) in (2, 3):
-            weight_format = config.stored(name, shape, beside)
+            weight_format = config.stored(name, shape, others)
         files = {"": (name, shape)}
         if weight_format is not None:
             files = {
@@ -56,15 +56,15 @@ def read(weights: Weights, wanted: Mapping[str, Stored]) -> Iterator[tuple[str, 
 
     Scales are taken first, as views of the mapped files, so that no weight has to wait for its own.
     """
-    beside = {
+    others = {
         file: (name, key)
         for name, one in wanted.items()
         for key, (file, _) in one.files.items()
         if key
     }
     found: dict[str, dict[str, Tensor]] = {}
-    for file, tensor in weights.read(beside) if beside else ():
-        name, key = beside[file]
+    for file, tensor in weights.read(others) if others else ():
+        name, key = others[file]
         found.setdefault(name, {})[key] = tensor
     carried = {one.files[""][0]: name for name, one in wanted.items()}
     for file, tensor in weights.read(carried):

@@ -29,11 +29,11 @@ class TorchAoInt8Format(Int8Format):
 
     def files(self, weight: str, shape: Shape) -> dict[str, tuple[str, Shape]]:
         path = f"{weight.removesuffix('weight')}_weight_"
-        beside = (shape[0], 1)
+        scale_shape = (shape[0], 1)
         return {
             "": (path + "qdata", shape),
-            "scale": (path + "scale", beside),
-            "zero_point": (path + "zero_point", beside),
+            "scale": (path + "scale", scale_shape),
+            "zero_point": (path + "zero_point", scale_shape),
         }
 
     def unpack(self, weight: str, found: Parts, shape: Shape) -> dict[str, Tensor]:

@@ -54,8 +54,8 @@ class Gathering(Generic[T]):
             raise one
         # In front of what came meanwhile.
         rest = [self._came.get_nowait() for _ in range(self._came.qsize())]
-        for again in (one, *rest):
-            self._came.put_nowait(again)
+        for item in (one, *rest):
+            self._came.put_nowait(item)
 
     async def close(self) -> None:
         """End all streams."""

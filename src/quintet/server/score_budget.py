@@ -14,7 +14,7 @@ class ScoreBudget:
     """
 
     def __init__(self, most: int) -> None:
-        self._most, self._held = most, 0
+        self._most, self._reserved = most, 0
 
     def check(self, count: int, param: str) -> None:
         """Refuse this many scores if there is no room for them.
@@ -33,7 +33,7 @@ class ScoreBudget:
                 "fewer answers or tokens, or for a stream of /v1/completions or chat",
                 param,
             )
-        if self._held + count > self._most:
+        if self._reserved + count > self._most:
             raise unavailable(
                 "as many scores of tokens as may be are kept for other answers; try again",
                 "scores_full",
@@ -46,8 +46,8 @@ class ScoreBudget:
         Arguments and errors are those of `check`.
         """
         self.check(count, param)
-        self._held += count
+        self._reserved += count
         try:
             yield
         finally:
-            self._held -= count
+            self._reserved -= count

@@ -101,11 +101,11 @@ class Shapes:
                     if not calls:
                         return compiled(constraint)
             with _blamed("tools"):
-                both = self._with_calls(constraint, tools, choice, parallel=parallel)
-                if both is None:
+                joined = self._with_calls(constraint, tools, choice, parallel=parallel)
+                if joined is None:
                     return None
                 try:
-                    return compiled(both)
+                    return compiled(joined)
                 except GrammarError:
                     if constraint is None:
                         raise
@@ -113,7 +113,7 @@ class Shapes:
                 # Alone, it shows whether it is to blame.
                 compiled(constraint)
             with _blamed("tools"):
-                return compiled(both)
+                return compiled(joined)
 
         return self._in_time(make, "tools" if calls else where)
 

@@ -18,7 +18,7 @@ from quintet.serving.scheduler import Cost
 
 # Of the memory there is, what rows and what was read before may take together, and the most of the
 # latter.
-SHARE, KEPT, MOST_KEPT = 0.8, 0.15, 2 << 30
+SHARE, PREFIX_SHARE, MOST_PREFIX = 0.8, 0.15, 2 << 30
 # Of a GPU, where nobody says how many: more wait longer for each token, and few send as many.
 MOST_ROWS = 64
 
@@ -161,7 +161,7 @@ def limits_for(
         capacity=min(usual.capacity, context) if capacity is None else capacity,
     )
     available = int(SHARE * free_memory(model.device)) if memory is None else memory
-    kept = min(int(KEPT * available), MOST_KEPT) if kept is None else kept
+    kept = min(int(PREFIX_SHARE * available), MOST_PREFIX) if kept is None else kept
     cost = cost_of(model, nbits)
     if speculate == "mtp":
         cost = cost.drafting

@@ -63,8 +63,8 @@ class _Tokens:
 
     def of_kind(self, *kinds: int) -> dict[str, int]:
         """Return the tokens of some kinds, and their ids."""
-        both = zip(self.texts, self.kinds, strict=True)
-        return {text: index for index, (text, kind) in enumerate(both) if kind in kinds}
+        pairs = zip(self.texts, self.kinds, strict=True)
+        return {text: index for index, (text, kind) in enumerate(pairs) if kind in kinds}
 
 
 def has_tokenizer(metadata: Mapping[str, Value]) -> bool:
@@ -178,9 +178,9 @@ def _inside(usual: Mapping[str, int], added: Mapping[str, int]) -> dict[str, int
     """
     last = max(usual.values(), default=-1)
     inside = {text: index for text, index in added.items() if index <= last}
-    behind = sorted(index for index in added.values() if index > last)
-    counted = range(last + 1, last + 1 + len(behind))
-    gapless = len(usual) + len(inside) == last + 1 and behind == [*counted]
+    appended = sorted(index for index in added.values() if index > last)
+    counted = range(last + 1, last + 1 + len(appended))
+    gapless = len(usual) + len(inside) == last + 1 and appended == [*counted]
     return inside if gapless else dict(added)
 
 

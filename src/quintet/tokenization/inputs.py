@@ -28,9 +28,9 @@ def batch_of(text: Any, pair: Any, as_words: bool) -> tuple[list[Any], bool]:
     pairs = list(pair) if batched else [pair]
     if len(pairs) != len(texts):
         raise InputError(f"{len(texts)} texts but {len(pairs)} pairs")
-    for index, both in enumerate(zip(texts, pairs, strict=True)):
+    for index, text_and_pair in enumerate(zip(texts, pairs, strict=True)):
         place = f"[{index}]" if batched else ""
-        for name, one in zip(("text", "text_pair"), both, strict=True):
+        for name, one in zip(("text", "text_pair"), text_and_pair, strict=True):
             _checked(one, as_words, f"{name}{place}")
     return list(zip(texts, pairs, strict=True)), batched
 

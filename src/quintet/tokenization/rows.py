@@ -72,10 +72,10 @@ class Row:
             offsets = [(self._place(start), self._place(end)) for start, end in offsets]
         return self._column(offsets, (0, 0))
 
-    def _place(self, at: int) -> int:
-        index = bisect_right(self._places, at, key=itemgetter(0)) - 1
+    def _place(self, character: int) -> int:
+        index = bisect_right(self._places, character, key=itemgetter(0)) - 1
         encoded, own = self._places[index] if index >= 0 else (0, 0)
-        return own + at - encoded
+        return own + character - encoded
 
     @property
     def type_ids(self) -> list[int]:

@@ -153,10 +153,10 @@ def _merges(pieces: list[Piece]) -> list[tuple[str, str]]:
     usual = [piece for piece in pieces if piece.kind not in (CONTROL, USER_DEFINED, BYTE)]
     # Sorting keeps the order of pieces with the same score.
     return [
-        (piece.text[:at], piece.text[at:])
+        (piece.text[:cut], piece.text[cut:])
         for piece in sorted(usual, key=lambda piece: -piece.score)
-        for at in range(1, len(piece.text))
-        if piece.text[:at] in texts and piece.text[at:] in texts
+        for cut in range(1, len(piece.text))
+        if piece.text[:cut] in texts and piece.text[cut:] in texts
     ]
 
 
@@ -198,33 +198,33 @@ def _piece(fields: dict[int, Value]) -> Piece:
 
 def _fields(raw: bytes) -> Iterator[tuple[int, Value]]:
     """Yield the fields of a protobuf message."""
-    at = 0
-    while at < len(raw):
-        tag, at = _varint(raw, at)
+    position = 0
+    while position < len(raw):
+        tag, position = _varint(raw, position)
         kind = tag & 7
         if kind == 0:
             value: Value
-            value, at = _varint(raw, at)
+            value, position = _varint(raw, position)
         else:
             size = 4 if kind == 5 else 8
             if kind == 2:
-                size, at = _varint(raw, at)
+                size, position = _varint(raw, position)
             elif kind not in (1, 5):
                 raise ValueError(f"field {tag >> 3} is of the unknown kind {kind}")
-            if at + size > len(raw):
+            if position + size > len(raw):
                 raise ValueError(f"field {tag >> 3} ends behind the end of the file")
-            value, at = raw[at : at + size], at + size
+            value, position = raw[position : position + size], position + size
         yield tag >> 3, value
 
 
-def _varint(raw: bytes, at: int) -> tuple[int, int]:
+def _varint(raw: bytes, position: int) -> tuple[int, int]:
     value = 0
     for shift in range(0, 70, 7):
-        if at >= len(raw):
+        if position >= len(raw):
             raise ValueError("it ends within a number")
-        byte = raw[at]
-        at += 1
+        byte = raw[position]
+        position += 1
         value |= (byte & 127) << shift
         if byte < 128:
-            return value, at
+            return value, position
     raise ValueError("a number is too long")

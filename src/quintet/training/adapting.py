@@ -157,14 +157,14 @@ class Trained:
 
 
 def put_adapter(
-    model: PreTrainedModel, settings: AdapterSettings, beside: str | None = None
+    model: PreTrainedModel, settings: AdapterSettings, reference: str | None = None
 ) -> None:
     """Put a new adapter on a model, or one to go on with; nothing else is trained from then on.
 
     Args:
         model: the model.
         settings: what it is.
-        beside: another one to compare with, which is not in use, and not trained.
+        reference: another one to compare with, which is not in use, and not trained.
 
     Raises:
         SettingError: a new adapter does not fit the model, or there is one on it.
@@ -178,8 +178,8 @@ def put_adapter(
             "go on with it, name its base as [model] from and its folder as [adapter] from; for "
             "another one on top of it, merge_and_unload() it and save_pretrained() the whole",
         )
-    if beside is not None:
-        model.load_adapter(beside, REFERENCE)
+    if reference is not None:
+        model.load_adapter(reference, REFERENCE)
     if settings.from_ is not None:
         model.load_adapter(settings.from_, is_trainable=True)
         return
@@ -189,13 +189,15 @@ def put_adapter(
         raise SettingError("adapter", f": {refused}") from refused
 
 
-def put_on_part(model: CausalLMHead, settings: AdapterSettings, beside: str | None = None) -> None:
+def put_on_part(
+    model: CausalLMHead, settings: AdapterSettings, reference: str | None = None
+) -> None:
     """Put adapters on a part of a model as on the whole: they are whole until they are divided.
 
     Args:
         model: the part.
         settings: what is trained.
-        beside: another one to compare with, which is not in use, and not trained.
+        reference: another one to compare with, which is not in use, and not trained.
 
     Raises:
         SettingError: a new adapter does not fit the model.
@@ -208,7 +210,7 @@ def put_on_part(model: CausalLMHead, settings: AdapterSettings, beside: str | No
         zero = torch.zeros((), dtype=model.dtype_of(name, model.dtype), device=model.device)
         path, _, leaf = name.rpartition(".")
         whole.get_submodule(path)._parameters[leaf] = nn.Parameter(zero.expand(parameter.shape))
-    put_adapter(whole, settings, beside)
+    put_adapter(whole, settings, reference)
     model.requires_grad_(False)
     _share(model, whole)
     whole.require_adapters().move(whole, model)

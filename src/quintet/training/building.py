@@ -39,7 +39,7 @@ from quintet.training.config import (
     TrainingConfig,
     TrainSettings,
 )
-from quintet.training.joining import Beside
+from quintet.training.joining import ReferenceLoader
 from quintet.training.local_part import LocalPart
 from quintet.training.objective import Objective
 from quintet.training.objectives import Distillation, LanguageModelling, Preference
@@ -83,7 +83,7 @@ def prepared(
     model: CausalLMHead | None,
     start: SavedCheckpoint | None,
     share: LocalPart | None = None,
-    beside: Beside | None = None,
+    references: ReferenceLoader | None = None,
 ) -> tuple[CausalLMHead, Objective]:
     """Return the model at the start or resumption of its training, and its objective.
 
@@ -93,7 +93,7 @@ def prepared(
         model: in place of what the settings name.
         start: the checkpoint that its training goes on from.
         share: what of the model is built where several processes have it; None for all.
-        beside: where models lie that it is compared with; None for all of them here.
+        references: where models lie that it is compared with; None for all of them here.
 
     Raises:
         SettingError: no model is named, or two are.
@@ -110,10 +110,10 @@ def prepared(
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(config.train.seed)
                 return build_model(
-                    config.model, tokenizer, None if beside is None else beside.local_part
+                    config.model, tokenizer, None if references is None else references.local_part
                 )
 
-        objective = build_objective(config, model, first, beside)
+        objective = build_objective(config, model, first, references)
         if config.adapter is not None:
             put_on_part(model, *_to_put(config, config.adapter, start))
         return model, objective
@@ -125,7 +125,7 @@ def prepared(
             ": names a model, and another one was given; leave one of them out",
         )
     # What it is compared with is the model as it was at first.
-    objective = build_objective(config, model, beside=beside)
+    objective = build_objective(config, model, references=references)
     if config.adapter is not None:
         put_adapter(model, *_to_put(config, config.adapter, start))
     elif start is not None:
@@ -137,8 +137,8 @@ def _to_put(
     config: TrainingConfig, own: AdapterSettings, start: SavedCheckpoint | None
 ) -> tuple[AdapterSettings, str | None]:
     """Return the adapter to put on the model, and the one beside it to compare with."""
-    beside = own.from_ if _compares_with_adapter(config) else None
-    return own if start is None else AdapterSettings(from_=str(start.path)), beside
+    reference = own.from_ if _compares_with_adapter(config) else None
+    return own if start is None else AdapterSettings(from_=str(start.path)), reference
 
 
 def _compares_with_adapter(config: TrainingConfig) -> bool:
@@ -260,7 +260,7 @@ def build_objective(
     config: TrainingConfig,
     model: CausalLMHead,
     first: Callable[[], CausalLMHead] | None = None,
-    beside: Beside | None = None,
+    references: ReferenceLoader | None = None,
 ) -> Objective:
     """Build the objective of a training; call it while the model is as at its start.
 
@@ -268,7 +268,7 @@ def build_objective(
         config: the settings.
         model: what is trained, or a part of it.
         first: makes it as it is at its start, and as it lies beside, where `model` is not that.
-        beside: where what it is compared with lies; None for all of it here.
+        references: where what it is compared with lies; None for all of it here.
 
     Raises:
         QuintetError: a model that is compared with cannot be read.
@@ -293,14 +293,14 @@ def build_objective(
         running: Running = run_local
         adapter = None
         if settings.reference is not None:
-            reference, running = _other("objective.reference", settings.reference, beside)
+            reference, running = _other("objective.reference", settings.reference, references)
         elif _compares_with_adapter(config):
             adapter = REFERENCE
         elif config.adapter is None and model.adapters is None and not settings.reference_free:
             if first is None:
-                reference, running = _placed(copy.deepcopy(model), beside, part=False)
+                reference, running = _placed(copy.deepcopy(model), references, part=False)
             else:
-                reference, running = _placed(first(), beside, part=True)
+                reference, running = _placed(first(), references, part=True)
         return Preference(
             settings.beta,
             loss=settings.loss,
@@ -310,16 +310,16 @@ def build_objective(
             reference_free=settings.reference_free,
             running=running,
         )
-    teacher, run_by = _other("objective.teacher", settings.teacher, beside)
+    teacher, run_by = _other("objective.teacher", settings.teacher, references)
     return Distillation(teacher, settings.temperature, settings.share, running=run_by)
 
 
-def _other(key: str, name: str, beside: Beside | None) -> tuple[CausalLMHead, Running]:
+def _other(key: str, name: str, references: ReferenceLoader | None) -> tuple[CausalLMHead, Running]:
     """Return another checkpoint's model to compare with, and the function that runs it."""
-    if beside is None:
+    if references is None:
         return _placed(_loaded(name), None, part=False)
     read = partial(
-        _part, settings=ModelSettings(dtype="auto"), share=beside.local_part, overrides={}
+        _part, settings=ModelSettings(dtype="auto"), share=references.local_part, overrides={}
     )
     try:
         try:
@@ -333,14 +333,14 @@ def _other(key: str, name: str, beside: Beside | None) -> tuple[CausalLMHead, Ru
         raise SettingError.value(key, name, f"cannot be divided as the model is: {refused}") from (
             refused
         )
-    return _placed(model, beside, part=True)
+    return _placed(model, references, part=True)
 
 
 def _placed(
-    model: CausalLMHead, beside: Beside | None, *, part: bool
+    model: CausalLMHead, references: ReferenceLoader | None, *, part: bool
 ) -> tuple[CausalLMHead, Running]:
     frozen = model.eval().requires_grad_(False)
-    return frozen, run_local if beside is None else beside.placed(frozen, part=part)
+    return frozen, run_local if references is None else references.placed(frozen, part=part)
 
 
 def prediction_layers(model: CausalLMHead) -> int:

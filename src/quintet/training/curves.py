@@ -67,19 +67,19 @@ def panels(metrics: Mapping[str, list[dict[str, Any]]], axis: Axis = "tokens") -
     for number, (name, lines) in enumerate(metrics.items()):
         steps = [line for line in lines if line["event"] == "step" and not line.get("skipped")]
         looks = [line for line in lines if line["event"] == "evaluation"]
-        at = _places(steps, axis)
+        places = _places(steps, axis)
         _add_loss(add, number, name, steps, axis)
         unit = "byte" if any(look.get("bits_per_byte") is not None for look in looks) else "token"
         add(
             f"held out, bits per {unit}",
-            _curve(number, name, looks, axis, f"bits_per_{unit}", at),
+            _curve(number, name, looks, axis, f"bits_per_{unit}", places),
         )
         _add_balance(add, number, name, steps, axis, alone=len(metrics) == 1)
         for label, curve in _rates(number, name, steps, axis).items():
             add("learning rate", Curve(number, label, curve.x, curve.y))
         add("tokens per second", _smooth(_curve(number, name, steps, axis, "tokens_per_second")))
         add("gradient norm", _smooth(_curve(number, name, steps, axis, "grad_norm")), True)
-        share = _curve(number, name, looks, axis, "agreement", at)
+        share = _curve(number, name, looks, axis, "agreement", places)
         add("prediction layer agrees", share)
     return list(found.values())
 

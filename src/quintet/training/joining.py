@@ -88,8 +88,8 @@ def parallelize(
     divided = _divided(model, world, part=part, low=low, by_tokens=by_tokens)
     model.world = _generating(world)
     # From here on processes draw for tokens, or layers, of their own.
-    at = world.coordinates
-    index = (ranks.share[0] * degrees.cp + at["cp"]) * degrees.pp + at["pp"]
+    coordinates = world.coordinates
+    index = (ranks.share[0] * degrees.cp + coordinates["cp"]) * degrees.pp + coordinates["pp"]
     if index:
         torch.manual_seed(config.train.seed + index)
     pipeline = None
@@ -175,7 +175,7 @@ def _divided(
 
 
 @dataclass(frozen=True, slots=True)
-class Beside:
+class ReferenceLoader:
     """Loads reference models, sharded like the trained one.
 
     Attributes:
@@ -200,9 +200,9 @@ class Beside:
         return run_here if root is None else root
 
 
-def beside(ranks: Ranks) -> Beside | None:
+def reference_loader(ranks: Ranks) -> ReferenceLoader | None:
     """Return the placement of models to compare with; None if each is whole here."""
-    return Beside(ranks.world) if isinstance(ranks, Several) else None
+    return ReferenceLoader(ranks.world) if isinstance(ranks, Several) else None
 
 
 def _generating(world: World) -> World | None:

@@ -21,7 +21,7 @@ from quintet.training.checkpoints import SavedCheckpoint, saved_checkpoints
 from quintet.training.checks import check
 from quintet.training.config import TrainingConfig, TrainSettings
 from quintet.training.data import build_data
-from quintet.training.joining import beside, joined, local_part, parallelize
+from quintet.training.joining import joined, local_part, parallelize, reference_loader
 from quintet.training.metrics import Metrics
 from quintet.training.ranks import Ranks
 from quintet.training.records import Reporter, Several, Silent
@@ -93,15 +93,15 @@ def train(
             reporter.warned(f"{folder} holds no checkpoint to go on from: the training begins anew")
         tokenizer = build_tokenizer(config) if tokenizer is None else tokenizer
         part = None if model is not None else local_part(config, ranks)
-        model, objective = prepared(config, tokenizer, model, start, part, beside(ranks))
+        model, objective = prepared(config, tokenizer, model, start, part, reference_loader(ranks))
         encode = partial(build_data, vocab_size=model.config.vocab_size, tell=reporter.warned)
         # Texts are encoded once; the others find them.
         data = ranks.in_turn(partial(encode, config.data, tokenizer))
         check(config, model, tokenizer, data, ranks.degrees)
         stack.enter_context(computed(model, config.train))
         layout = parallelize(model, config, ranks, part=part is not None)
-        both = Several(Metrics(config.report, reporter), reporter) if ranks.first else Silent()
-        run = Run(config, folder, model, tokenizer, objective, data, both, ranks, layout)
+        reporters = Several(Metrics(config.report, reporter), reporter) if ranks.first else Silent()
+        run = Run(config, folder, model, tokenizer, objective, data, reporters, ranks, layout)
         return stack.enter_context(run).whole(start, resume)
 
 

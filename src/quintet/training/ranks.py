@@ -140,11 +140,14 @@ class Several:
         self.world = world
         self.rank, self.size = world.rank, world.degrees.size
         self.first = world.rank == 0
-        at = world.coordinates
+        coordinates = world.coordinates
         self.degrees = degrees = world.degrees
         divided = {axis: degrees.of(axis) for axis in (*DENSE, "ep")}
         self.axes = " · ".join(f"{axis}={n}" for axis, n in divided.items() if n > 1)
-        self.share = at["dp"] * degrees.fsdp + at["fsdp"], degrees.dp * degrees.fsdp
+        self.share = (
+            coordinates["dp"] * degrees.fsdp + coordinates["fsdp"],
+            degrees.dp * degrees.fsdp,
+        )
 
     def counted(self, counts: Mapping[str, float]) -> dict[str, float]:
         """Return the sums of counts over batches, each batch once."""

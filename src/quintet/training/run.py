@@ -107,13 +107,13 @@ class Run:
             reason = "interrupted"
             raise
         finally:
-            at = self.counters
+            counters = self.counters
             self.report.ended(
                 End(
                     reason=reason,
-                    step=at.step,
-                    tokens=at.tokens,
-                    seconds=at.seconds,
+                    step=counters.step,
+                    tokens=counters.tokens,
+                    seconds=counters.seconds,
                     path=self.path,
                 )
             )
@@ -232,19 +232,19 @@ class Run:
 
     def _done(self) -> float:
         """The share of the budget that is spent."""
-        budget, at = self.config.train, self.counters
+        budget, counters = self.config.train, self.counters
         if budget.steps is not None:
-            return at.step / budget.steps
+            return counters.step / budget.steps
         if budget.tokens is not None:
-            return at.tokens / budget.tokens
+            return counters.tokens / budget.tokens
         assert budget.minutes is not None
-        return at.worked / 60 / budget.minutes
+        return counters.worked / 60 / budget.minutes
 
     # -- looking -----------------------------------------------------------------------------
 
     def _evaluate(self) -> Evaluation | None:
         """Measure the model on held-out texts, and let it write."""
-        settings, at = self.config.evaluation, self.counters
+        settings, counters = self.config.evaluation, self.counters
         documents = settings.chosen(self.data.held_out)
         if documents:
             context = settings.context or self.data.context
@@ -254,8 +254,8 @@ class Run:
                     self.model,
                     documents,
                     context,
-                    step=at.step,
-                    tokens=at.tokens,
+                    step=counters.step,
+                    tokens=counters.tokens,
                     of_layers=self.ranks.of_layers,
                 )
             )
@@ -264,7 +264,9 @@ class Run:
             self.evaluation = found
             self.report.evaluated(found)
         written = partial(samples, self.model, self.tokenizer, settings)
-        for sample in self._looking(lambda: list(written(step=at.step, tokens=at.tokens))):
+        for sample in self._looking(
+            lambda: list(written(step=counters.step, tokens=counters.tokens))
+        ):
             self.report.sampled(sample)
         return self.evaluation if documents else None
 

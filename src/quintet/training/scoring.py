@@ -110,15 +110,15 @@ def predictions(
         window = ids[start : stop - 1][None].to(model.device)
         with torch.no_grad():
             hidden, ahead = _states(model, window, options)
-        for at in range(first, stop, LOGITS):
-            until = min(at + LOGITS, stop)
+        for begin in range(first, stop, LOGITS):
+            until = min(begin + LOGITS, stop)
             places = torch.arange(
-                at - 1 - start, until - 1 - start, device=window.device, dtype=torch.long
+                begin - 1 - start, until - 1 - start, device=window.device, dtype=torch.long
             )
             with torch.no_grad():
                 logits = model.logits_of(hidden, places)[0].to(torch.float32)
                 named = None if ahead is None else _named(model, ahead, places - 1)
-            yield Predicted(at, ids[at:until].to(logits.device), logits, named)
+            yield Predicted(begin, ids[begin:until].to(logits.device), logits, named)
 
 
 def _states(
@@ -178,9 +178,9 @@ def score(model: CausalLMHead, documents: Iterable[Document], context: int | Non
             total.bits += float(piece.bits()[mask].sum())
             total.scored += int(mask.sum())
             if piece.ahead is not None:
-                both = mask & (piece.ahead >= 0)
-                total.agreed += int((piece.logits.argmax(-1) == piece.ahead)[both].sum())
-                total.compared += int(both.sum())
+                predicted = mask & (piece.ahead >= 0)
+                total.agreed += int((piece.logits.argmax(-1) == piece.ahead)[predicted].sum())
+                total.compared += int(predicted.sum())
     return total
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
-ASKED = b"\nending after this step, when it is saved; once more ends it at once\n"
+NOTICE = b"\nending after this step, when it is saved; once more ends it at once\n"
 HEEDED = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -59,7 +59,7 @@ def heeded(*, says: bool = True) -> Iterator[Stop]:
         stop.received = signal.Signals(number)
         # What prints may be interrupted right here, and cannot be entered twice.
         with suppress(OSError):
-            os.write(2, ASKED if says else b"")
+            os.write(2, NOTICE if says else b"")
 
     for number, handler in before.items():
         # What was told to be ignored, as by nohup, goes on to be.

@@ -7,7 +7,7 @@ from quintet.kernels.matrix import Matrix
 from quintet.triton.grouped import grouped_experts
 from quintet.triton.launching import takes
 from quintet.triton.vectors import gate_vectors, map_vectors
-from quintet.triton.weights import Held, held
+from quintet.triton.weights import KernelWeight, kernel_weight
 
 # So many vectors of one MLP read it from the cache by themselves.
 FEW = 2
@@ -59,7 +59,7 @@ def _found(
     down: Matrix,
     indices: Tensor | None,
     shares: Tensor | None,
-) -> tuple[Held, Held, Held] | None:
+) -> tuple[KernelWeight, KernelWeight, KernelWeight] | None:
     """Return the weights as kernels read them; None if something does not fit."""
     given = [t for m in (gate, up, down) for t in (m.weight, m.scale, m.offset)] + [indices, shares]
     if not x.ndim or not x.numel() or x.stride(-1) != 1:
@@ -74,8 +74,8 @@ def _found(
         if not fits or shares is None or shares.shape != indices.shape or gate.weight.ndim != 3:
             return None
         E = len(gate.weight)
-    first, second = (held(one, F, C, x.dtype, E) for one in (gate, up))
-    last = held(down, C, F, x.dtype, E)
+    first, second = (kernel_weight(one, F, C, x.dtype, E) for one in (gate, up))
+    last = kernel_weight(down, C, F, x.dtype, E)
     if first is None or second is None or last is None:
         return None
     alike = first.steps == second.steps and first.constants == second.constants
@@ -83,7 +83,7 @@ def _found(
     return (first, second, last) if alike and same else None
 
 
-def _of_one(x: Tensor, gate: Held, up: Held, down: Held) -> Tensor:
+def _of_one(x: Tensor, gate: KernelWeight, up: KernelWeight, down: KernelWeight) -> Tensor:
     inside = x.new_empty(len(x), gate.weight.shape[-2])
     gate_vectors(x, gate, up, inside, None, len(x))
     output = x.new_empty(x.shape)
@@ -91,7 +91,14 @@ def _of_one(x: Tensor, gate: Held, up: Held, down: Held) -> Tensor:
     return output
 
 
-def _by_id(x: Tensor, gate: Held, up: Held, down: Held, indices: Tensor, shares: Tensor) -> Tensor:
+def _by_id(
+    x: Tensor,
+    gate: KernelWeight,
+    up: KernelWeight,
+    down: KernelWeight,
+    indices: Tensor,
+    shares: Tensor,
+) -> Tensor:
     inside = x.new_empty(indices.numel(), gate.weight.shape[-2])
     gate_vectors(x, gate, up, inside, indices, indices.numel())
     output = x.new_empty(x.shape)

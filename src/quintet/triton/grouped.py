@@ -18,7 +18,7 @@ from quintet.kernels.linear import batch_invariant
 from quintet.triton.launching import cdiv, launch, power_of_two
 from quintet.triton.sorting import by_expert, most_tiles, tile_of
 from quintet.triton.tiles import times_rows
-from quintet.triton.weights import Held, columns_of, stored, widened
+from quintet.triton.weights import KernelWeight, columns_of, stored, widened
 
 
 class Shape(NamedTuple):
@@ -44,7 +44,12 @@ def shape_for(choices: int, E: int, dtype: torch.dtype) -> Shape:
 
 
 def grouped_experts(
-    x: Tensor, gate: Held, up: Held, down: Held, indices: Tensor, shares: Tensor
+    x: Tensor,
+    gate: KernelWeight,
+    up: KernelWeight,
+    down: KernelWeight,
+    indices: Tensor,
+    shares: Tensor,
 ) -> Tensor:
     """Return Σ share · down(silu(gate x) · up x) over a token's experts.
 

@@ -16,7 +16,7 @@ from quintet.kernels.matrix import Matrix
 from quintet.triton.launching import cdiv, launch, power_of_two, takes
 from quintet.triton.tiles import times_rows
 from quintet.triton.vectors import map_vectors
-from quintet.triton.weights import Held, held
+from quintet.triton.weights import KernelWeight, kernel_weight
 
 # So many rows go one by one, and so many at the most together.
 FEW, MOST = 2, 64
@@ -48,17 +48,17 @@ def linears(x: Tensor, maps: Sequence[Matrix]) -> list[Tensor] | None:
     return outputs if found else None
 
 
-def _found(matrix: Matrix, rows: Tensor) -> Held | None:
+def _found(matrix: Matrix, rows: Tensor) -> KernelWeight | None:
     weight, bias = matrix.weight, matrix.bias
     if matrix.scale is None or weight.ndim != 2:
         return None
     O = len(weight)
     if bias is not None and (bias.shape != (O,) or not bias.is_contiguous()):
         return None
-    return held(matrix, O, rows.shape[1], rows.dtype) if O else None
+    return kernel_weight(matrix, O, rows.shape[1], rows.dtype) if O else None
 
 
-def _together(x: Tensor, weight: Held, bias: Tensor | None, output: Tensor) -> None:
+def _together(x: Tensor, weight: KernelWeight, bias: Tensor | None, output: Tensor) -> None:
     (M, I), O = x.shape, output.shape[1]
     # Of one shape whoever shares the batch, where that may not matter.
     rows = 32 if batch_invariant() else min(max(power_of_two(M), 16), 64)

@@ -11,14 +11,19 @@ import triton.language as tl
 from torch import Tensor
 
 from quintet.triton.launching import cdiv, launch, power_of_two
-from quintet.triton.weights import Held, columns_of, stored, widened
+from quintet.triton.weights import KernelWeight, columns_of, stored, widened
 
 # Rows of a program: few, so that the smallest matrices of a layer still occupy a GPU.
 ROWS = 4
 
 
 def gate_vectors(
-    x: Tensor, gate: Held, up: Held, output: Tensor, indices: Tensor | None, vectors: int
+    x: Tensor,
+    gate: KernelWeight,
+    up: KernelWeight,
+    output: Tensor,
+    indices: Tensor | None,
+    vectors: int,
 ) -> None:
     """Write silu(gate x) · up x of each vector, and of each expert that is its own.
 
@@ -45,7 +50,7 @@ def gate_vectors(
 
 def map_vectors(
     x: Tensor,
-    weight: Held,
+    weight: KernelWeight,
     bias: Tensor | None,
     output: Tensor,
     indices: Tensor | None = None,
@@ -76,7 +81,7 @@ def map_vectors(
     )
 
 
-def _block(x: Tensor, weight: Held) -> int:
+def _block(x: Tensor, weight: KernelWeight) -> int:
     """Return the number of columns per step: 16 bytes a thread and row or two."""
     return max(min(power_of_two(x.shape[1]), 1024 if weight.weight.itemsize == 1 else 512), 64)
 

@@ -27,7 +27,7 @@ E4M3 = tl.constexpr(4)
 E4M3_BITS = tl.constexpr(5)
 
 
-class Held(NamedTuple):
+class KernelWeight(NamedTuple):
     """A weight (O, I), or a stack of them (E, O, I), as arguments of a kernel.
 
     Attributes:
@@ -52,7 +52,9 @@ class Held(NamedTuple):
         return (self.weight, self.scale, self.offset, *self.steps)
 
 
-def held(matrix: Matrix, O: int, I: int, dtype: torch.dtype, E: int | None = None) -> Held | None:
+def kernel_weight(
+    matrix: Matrix, O: int, I: int, dtype: torch.dtype, E: int | None = None
+) -> KernelWeight | None:
     """Return a weight for vectors (..., I) of a dtype; None if kernels cannot read either.
 
     Args:
@@ -95,7 +97,7 @@ def held(matrix: Matrix, O: int, I: int, dtype: torch.dtype, E: int | None = Non
 
 def _of_blocks(
     weight: Tensor, scale: Tensor, block: tuple[int, int], lead: tuple[int, ...], I: int
-) -> Held | None:
+) -> KernelWeight | None:
     height, wide = block
     blocks = (*lead[:-1], cdiv(lead[-1], height), cdiv(I, wide))
     power = wide >= 16 and wide & (wide - 1) == 0
@@ -126,11 +128,13 @@ def _constants(
     }
 
 
-def _arguments(weight: Tensor, scale: Tensor, offset: Tensor, constants: Mapping[str, int]) -> Held:
+def _arguments(
+    weight: Tensor, scale: Tensor, offset: Tensor, constants: Mapping[str, int]
+) -> KernelWeight:
     def steps(x: Tensor) -> tuple[int, int]:
         return x.stride(0) if x.ndim == 3 else 0, x.stride(-2)
 
-    return Held(weight, scale, offset, (*steps(weight), *steps(scale)), constants)
+    return KernelWeight(weight, scale, offset, (*steps(weight), *steps(scale)), constants)
 
 
 def _dense(x: Tensor) -> bool:

@@ -14,7 +14,7 @@ from quintet.modeling.heads import CausalLMHead
 from quintet.training.batch import Batch
 from quintet.training.building import build_objective
 from quintet.training.config import DistillationSettings, PreferenceSettings
-from quintet.training.joining import beside, joined
+from quintet.training.joining import joined
 from quintet.training.objective import Objective
 from quintet.training.objectives import Distillation, Preference
 from quintet.training.settings import SettingError
@@ -51,7 +51,9 @@ def learns(name: str, folder: Path, degrees: dict[str, Any]) -> None:
         def objective_of(
             model: CausalLMHead, config: Any = config, found: Any = found
         ) -> Objective:
-            found.append(build_objective(config, model, beside=beside(joined(config.parallel))))
+            found.append(
+                build_objective(config, model, references=reference_loader(joined(config.parallel)))
+            )
             made: Objective = found[0]
             return made
 
@@ -78,5 +80,5 @@ def refused(folder: Path, degrees: dict[str, Any]) -> str:
     config = replace(config_of(degrees), objective=settings_of("distillation", folder))
     model = family("qwen2").model_of()
     with pytest.raises(SettingError) as told:
-        build_objective(config, model, beside=beside(joined(config.parallel)))
+        build_objective(config, model, references=reference_loader(joined(config.parallel)))
     return str(told.value)

@@ -193,7 +193,7 @@ def kind(warper: LogitsWarper) -> Hashable:
     return type(warper), *((k, v) for k, v in vars(warper).items() if k != number)
 
 
-def beside(warpers: Sequence[LogitsWarper]) -> LogitsWarper:
+def stack(warpers: Sequence[LogitsWarper]) -> LogitsWarper:
     """Join warpers of one kind, a row each, into one with values per row."""
     first = warpers[0]
     number = _NUMBERS.get(type(first))

@@ -26,7 +26,7 @@ class MTPCache:
     until: Tensor | None = None
 
     @classmethod
-    def beside(cls, main: Cache, model: MTPModel) -> Self:
+    def companion_of(cls, main: Cache, model: MTPModel) -> Self:
         """Return the companion of a main cache, or attach an empty one.
 
         Where the main one was cropped in between, it is too; where the main one went on without
@@ -68,7 +68,7 @@ class MTPDrafter:
     def __init__(self, model: MTPModel, main: Cache, *, threshold: float) -> None:
         self.main = main
         self.threshold = threshold
-        self._companion = MTPCache.beside(main, model)
+        self._companion = MTPCache.companion_of(main, model)
         self._layers = Prediction(model, self._companion.cache)
         # What each forward since has made, of each row.
         self._seen: list[list[Seen]] = []

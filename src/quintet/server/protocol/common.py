@@ -17,7 +17,7 @@ from quintet.server.settings import Settings
 
 B = TypeVar("B", bound="Body")
 # A message says what is wrong first, not everything.
-MOST_SAID = 3
+MOST_REASONS = 3
 MOST_WARNINGS = 20
 MAX_STOP_IDS = 300
 _ID = re.compile(r"[0-9]{1,10}")
@@ -202,7 +202,7 @@ def _first(error: ValidationError, data: Any) -> ApiError:
         reasons = found.setdefault(path, [])
         deepest[path] = depth
         rule = _rule(one["msg"])
-        if rule not in reasons and len(reasons) < MOST_SAID:
+        if rule not in reasons and len(reasons) < MOST_REASONS:
             reasons.append(rule)
     root = next(iter(found)).split(".")[0].split("[")[0]
     related = [path for path in found if path.split(".")[0].split("[")[0] == root]

@@ -150,12 +150,12 @@ class ChatEncoder:
     ) -> Encoded:
         """Return the ids of one of the texts, of which the template alone wrote control tokens."""
 
-        def again(variables: Mapping[str, Any]) -> Rendered:
+        def render(variables: Mapping[str, Any]) -> Rendered:
             texts = self._written(variables["messages"], variables["tools"], template, first)
             return Rendered(texts[place].text, ())
 
         variables = {"messages": list(messages), "tools": tools, "documents": None}
-        row = sanitised_row(self._tokenizer, again, variables, written.text, {})
+        row = sanitised_row(self._tokenizer, render, variables, written.text, {})
         spans = iter(written.spans)
         start, end = next(spans)
         learned = []

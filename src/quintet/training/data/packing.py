@@ -115,15 +115,15 @@ class Windows:
 
     def row(self, number: int) -> list[Piece]:
         """Return the contents of a row."""
-        at = int(lots(self._seed, 1, number)[0]) % self._places
-        stop = at + self._context
+        start = int(lots(self._seed, 1, number)[0]) % self._places
+        stop = start + self._context
         found = []
-        index = int(np.searchsorted(self._ends, at, side="right"))
-        while at < stop:
+        index = int(np.searchsorted(self._ends, start, side="right"))
+        while start < stop:
             begin = int(self._ends[index - 1]) if index else 0
             end = min(int(self._ends[index]), stop)
-            found.append(Piece(index, at - begin, end - begin))
-            at, index = end, index + 1
+            found.append(Piece(index, start - begin, end - begin))
+            start, index = end, index + 1
         return found
 
 
@@ -201,13 +201,13 @@ def best_fit(lengths: Sequence[int], room: int) -> NDArray[np.int64]:
     for place, length in enumerate(lengths):
         fitting = rooms >> length
         if fitting:
-            left = length + (fitting & -fitting).bit_length() - 1
-            index = by_room[left].pop()
-            if not by_room[left]:
-                rooms &= ~(1 << left)
+            smallest = length + (fitting & -fitting).bit_length() - 1
+            index = by_room[smallest].pop()
+            if not by_room[smallest]:
+                rooms &= ~(1 << smallest)
         else:
-            left, index, count = room, count, count + 1
+            smallest, index, count = room, count, count + 1
         bins[place] = index
-        by_room[left - length].append(index)
-        rooms |= 1 << (left - length)
+        by_room[smallest - length].append(index)
+        rooms |= 1 << (smallest - length)
     return bins

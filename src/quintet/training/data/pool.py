@@ -168,7 +168,9 @@ class Pool:
         # A text goes on in the next row; what is behind the beginning of a conversation would
         # be learned without what it answers.
         last = length if self._store.learned is None else context
-        parts = [(document, at, min(at + context, length)) for at in range(0, last, context)]
+        parts = [
+            (document, start, min(start + context, length)) for start in range(0, last, context)
+        ]
         return [part for part in parts if self._anything(Piece(*part))]
 
     def _anything(self, piece: Piece) -> bool:

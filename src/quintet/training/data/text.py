@@ -65,8 +65,8 @@ class TextEncoder:
         """Return the position at which a text can be cut; 0 if it has to grow first."""
         ends = [match.end() for match in _LINE_END.finditer(text, len(text) - PIECE)]
         for cut in ends[::-1][:TRIES]:
-            alone, both = self.encode([text[cut - SIDE : cut], text[cut - SIDE : cut + SIDE]])
-            if both[: len(alone)] == alone:
+            alone, joined = self.encode([text[cut - SIDE : cut], text[cut - SIDE : cut + SIDE]])
+            if joined[: len(alone)] == alone:
                 return cut
         return len(text) - PIECE if len(text) > LONGEST else 0
 
@@ -74,8 +74,8 @@ class TextEncoder:
         """Return the ids of a text as they are behind another."""
         if not context:
             return self.encode([text])[0]
-        before, both = self.encode([context, context + text])
-        return both[len(before) :]
+        before, joined = self.encode([context, context + text])
+        return joined[len(before) :]
 
 
 def _surroundings(tokenizer: PreTrainedTokenizer) -> tuple[list[int], list[int]]:

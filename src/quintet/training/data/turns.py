@@ -111,11 +111,11 @@ class Turns:
         """Return the prompt of an answer, and the answer up to the text behind it."""
         message = messages[place]
         prompt = self._write(_plain(messages[:place]), True)
-        upto = _plain(messages[: place + 1])
+        conversation = _plain(messages[: place + 1])
         thinks = prompt.rstrip().endswith(THINK)
         if THOUGHT in message:
-            return prompt, self._closed(message, self._thought(prompt, message, upto))
-        whole = self._write(upto, False)
+            return prompt, self._closed(message, self._thought(prompt, message, conversation))
+        whole = self._write(conversation, False)
         if thinks and not whole.startswith(prompt):
             raise Bad(
                 "an answer without thoughts",
@@ -132,7 +132,7 @@ class Turns:
         check_written([message], answer)
         return prompt, self._closed(message, answer)
 
-    def _thought(self, prompt: str, message: Message, upto: list[Message]) -> str:
+    def _thought(self, prompt: str, message: Message, conversation: list[Message]) -> str:
         """Return an answer with the thoughts that the template would cut off."""
         thought, gap = message[THOUGHT], message[GAP]
         opened = prompt.rstrip().endswith(THINK)
@@ -146,12 +146,12 @@ class Turns:
             # The space that the prompt ends with is not said again.
             thought = thought.removeprefix(prompt[len(prompt.rstrip()) :])
         tag = f"end{secrets.token_hex(8)}"
-        marked = self._write([*upto[:-1], {**upto[-1], "content": tag}], False)
-        _, found, behind = marked.rpartition(tag)
+        marked = self._write([*conversation[:-1], {**conversation[-1], "content": tag}], False)
+        _, found, rest = marked.rpartition(tag)
         if not found:
             raise Bad("an answer the template leaves out", "its content is not in the text")
         opening = "" if opened else THINK
-        return f"{opening}{thought}{END_THINK}{gap}{upto[-1]['content'] or ''}{behind}"
+        return f"{opening}{thought}{END_THINK}{gap}{conversation[-1]['content'] or ''}{rest}"
 
     def _closed(self, message: Message, answer: str) -> str:
         """Return an answer that ends where the turn does."""

@@ -122,8 +122,10 @@ def states_of(model: CausalLMHead, batch: Batch, *, routed: bool = False, depth:
 
 def routers_run(model: CausalLMHead, depth: int) -> int:
     """Count the layers with experts that `states_of` runs, those in other processes too."""
-    behind = model.model.prediction_layers() if isinstance(model, MtpCausalLMHead) else []
-    idle = 0 if depth else sum(map(_routers, behind))
+    prediction_layers = (
+        model.model.prediction_layers() if isinstance(model, MtpCausalLMHead) else []
+    )
+    idle = 0 if depth else sum(map(_routers, prediction_layers))
     return _routers(model) - idle
 
 

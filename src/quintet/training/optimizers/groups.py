@@ -118,8 +118,8 @@ def _group_of(member: Member, settings: OptimizerSettings, own: GroupSettings | 
     kind: Kind = settings.kind if member.role == "matrix" else "adamw"
     if own is not None and own.kind is not None:
         kind = own.kind
-    beside = kind == "adamw" and settings.kind == "muon"
-    rate = settings.adamw_learning_rate if beside else None
+    is_separate = kind == "adamw" and settings.kind == "muon"
+    rate = settings.adamw_learning_rate if is_separate else None
     rate = settings.learning_rate if rate is None else rate
     decay = 0.0 if member.role in settings.undecayed else settings.weight_decay
     matrices = member.matrices

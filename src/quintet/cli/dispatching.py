@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import click
 
 
-class Beside(click.Command):
+class DispatchingCommand(click.Command):
     """One command, and beside it others.
 
     Attributes:

@@ -35,7 +35,7 @@ class Share(NamedTuple):
     weight: float
 
 
-class Beside(NamedTuple):
+class StackedLowRank(NamedTuple):
     """The additions of several adapters to one map.
 
     Attributes:
@@ -49,7 +49,7 @@ class Beside(NamedTuple):
     owner: Tensor
 
     @classmethod
-    def of(cls, shares: Sequence[Share]) -> "Beside":
+    def of(cls, shares: Sequence[Share]) -> "StackedLowRank":
         """Stack additions that are low-rank and nothing else."""
         with torch.no_grad():
             A = torch.cat([one.addition.lora_A for one in shares])
