@@ -14,7 +14,7 @@ from quintet.modeling.heads import CausalLMHead
 from quintet.training.batch import Batch
 from quintet.training.building import build_objective
 from quintet.training.config import DistillationSettings, PreferenceSettings
-from quintet.training.joining import joined
+from quintet.training.joining import joined, reference_loader
 from quintet.training.objective import Objective
 from quintet.training.objectives import Distillation, Preference
 from quintet.training.settings import SettingError
