@@ -56,13 +56,15 @@ class Pace:
             alone: whether nobody else has a step meanwhile.
         """
         most, piece = self.most(alone=alone), remaining
-        if remaining > most + LEAST_TAIL:
+        if remaining > most + LEAST_TAIL * alone:
             end = (start + most) // GRID * GRID
             if end - start <= LEAST_TAIL:
                 end += GRID
             piece = end - start
             if remaining - piece <= LEAST_TAIL:
-                piece = remaining
+                # Who waits for a token waits rather twice than longer.
+                shorter = piece - GRID
+                piece = remaining if alone or shorter <= LEAST_TAIL else shorter
         return min([piece, *(stop - start for stop in stops if start < stop < start + piece)])
 
 
