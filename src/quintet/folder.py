@@ -25,10 +25,10 @@ QUANTIZATION_FILES = MappingProxyType({"quantize_config.json": "gptq", "quant_co
 
 
 class AdapterFolderError(UnsupportedModelError):
-    """A folder holds an adapter where a model is asked for.
+    """A folder, or a file in GGUF, holds an adapter where a model is asked for.
 
     Args:
-        path: the folder.
+        path: the folder, or the file.
         base: the model that the adapter is of, as its file names it; None if it does not.
     """
 
@@ -36,7 +36,7 @@ class AdapterFolderError(UnsupportedModelError):
         self.path, self.base = path, base
         model = "its base model" if base is None else shown(base)
         super().__init__(
-            f"{path} is an adapter of PEFT{'' if base is None else f' of {model}'}, not a model: "
+            f"{path} is an adapter{'' if base is None else f' of {model}'}, not a model: "
             f"load {model}, and put it on that by model.load_adapter({str(path)!r}); on the "
             f"command line, name the model and --adapter {path}"
         )

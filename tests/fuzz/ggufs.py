@@ -4,6 +4,8 @@ import struct
 from pathlib import Path
 from random import Random
 
+import gguf
+import numpy as np
 from gguf import GGMLQuantizationType as Kind
 
 import ggufwriting
@@ -84,7 +86,40 @@ def _read_head(root: Path) -> None:
     AutoTokenizer.from_pretrained(root / FILE)
 
 
+def _adapter(root: Path) -> None:
+    """An adapter of queries, experts and embeddings."""
+    root.mkdir(parents=True, exist_ok=True)
+    config = FAMILIES[1].config()
+    C, F, E, V = (
+        getattr(config, key)
+        for key in ("hidden_size", "moe_intermediate_size", "num_experts", "vocab_size")
+    )
+    shapes = {
+        "blk.0.attn_q.weight": ((2, C), (config.num_attention_heads * config.head_dim, 2)),
+        "blk.1.ffn_up_exps.weight": ((E, 2, C), (E, F, 2)),
+        "token_embd.weight": ((V, 2), (C, 2)),
+    }
+    writer = gguf.GGUFWriter(root / FILE, "qwen2moe")
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", 4.0)
+    for base, (A, B) in shapes.items():
+        writer.add_tensor(f"{base}.lora_a", np.ones(A, np.float32))
+        writer.add_tensor(f"{base}.lora_b", np.ones(B, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 GGUFS = (
+    Target(
+        name="gguf-adapter",
+        make=_adapter,
+        files=(FILE,),
+        read=lambda root: FAMILIES[1].model_of().load_adapter(root / FILE),
+        change=_head,
+    ),
     Target(name="gguf-head", make=_with_tokens, files=(FILE,), read=_read_head, change=_head),
     *(_made(family) for family in FAMILIES if family.name != "zamba2"),
     _made(FAMILIES[0], Kind.Q4_0, Kind.Q8_0, Kind.Q5_1),

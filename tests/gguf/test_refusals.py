@@ -74,8 +74,8 @@ def test_other_architectures_are_named_with_those_there_are(name: str, tmp_path:
 
 
 def test_a_file_that_is_no_model_is_named(tmp_path: Path) -> None:
-    path = write(tmp_path / "m.gguf", lambda w: w.add_type("adapter"))
-    assert "general.type='adapter'" in refusal(path)
+    path = write(tmp_path / "m.gguf", lambda w: w.add_type("mmproj"))
+    assert "general.type='mmproj'" in refusal(path)
 
 
 def test_types_that_are_not_read_are_named_with_their_tensors(tmp_path: Path) -> None:

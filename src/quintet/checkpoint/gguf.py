@@ -51,9 +51,9 @@ class GGUFCheckpoint:
         file = read_gguf(path)
         architecture = str(file.metadata["general.architecture"])
         values = config_values(file)
-        _check_types(file)
+        check_types(file)
         parts = release_parts(file, architecture, values)
-        tensors = {part.name: _info(part) for part in parts}
+        tensors = {part.name: info_of(part) for part in parts}
         if len(tensors) < len(parts):
             counts = Counter(part.name for part in parts)
             twice = [name for name, count in counts.items() if count > 1]
@@ -95,7 +95,7 @@ class GGUFCheckpoint:
             yield name, torch.zeros(self.tensors[name].shape, dtype=torch.float32, device="cpu")
         for name, tensor in self._files.read(wanted.keys() - set(derived)):
             heads = self._paired.get(name)
-            yield name, tensor if heads is None else _in_halves(tensor, heads)
+            yield name, tensor if heads is None else in_halves(tensor, heads)
 
     def forget(self, name: str) -> None:
         """Release the pages of a tensor, once its values are elsewhere."""
@@ -103,7 +103,8 @@ class GGUFCheckpoint:
             self._files.forget(name)
 
 
-def _info(part: Part) -> TensorInfo:
+def info_of(part: Part) -> TensorInfo:
+    """Return the entry of a tensor, or of rows of one."""
     kind = part.tensor.type
     dtype = _PLAIN.get(kind.name)
     return TensorInfo(
@@ -116,7 +117,12 @@ def _info(part: Part) -> TensorInfo:
     )
 
 
-def _check_types(file: GGUFFile) -> None:
+def check_types(file: GGUFFile) -> None:
+    """Check that all tensors can be decoded.
+
+    Raises:
+        UnsupportedModelError: one is of a type that is not read.
+    """
     odd = [
         f"{tensor.name}: {tensor.type.name}"
         for tensor in file.tensors.values()
@@ -142,7 +148,7 @@ def _zero_biases(
     return {name: info for name, info in biases.items() if name not in tensors}
 
 
-def _in_halves(tensor: Tensor, heads: int) -> Tensor:
+def in_halves(tensor: Tensor, heads: int) -> Tensor:
     """Reorder each head's rows from interleaved pairs to two halves."""
     pairs = torch.unflatten(tensor, 0, (heads, -1, 2))
     return pairs.transpose(1, 2).reshape(tensor.shape)

@@ -55,7 +55,7 @@ def model_options(command: Command) -> Command:
         "adapters",
         multiple=True,
         metavar="[NAME=]PATH",
-        help="Put an adapter of PEFT on it; may be repeated, and they add up.",
+        help="Put an adapter, of PEFT or in GGUF, on it; may be repeated, and they add up.",
     )
     return adapter(weight_options(command))
 

@@ -74,8 +74,8 @@ class Wanted:
     "adapters",
     multiple=True,
     metavar="NAME=PATH",
-    help="An adapter of PEFT that requests may name as their model; of several models' one, "
-    "MODEL:NAME=PATH.",
+    help="An adapter, of PEFT or in GGUF, that requests may name as their model; of several "
+    "models' one, MODEL:NAME=PATH.",
 )
 @engine_options
 @server_options

@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from quintet.errors import CheckpointError, UnsupportedModelError, shown
+from quintet.folder import AdapterFolderError
 from quintet.gguf.container import GGUFFile, GGUFTensor
 from quintet.gguf.values import Values
 
@@ -37,12 +38,15 @@ def config_values(file: GGUFFile) -> dict[str, Any]:
     """Return the keys of `config.json` that describe the model in a GGUF file.
 
     Raises:
-        UnsupportedModelError: no family here is of that architecture, or has what it asks for.
+        UnsupportedModelError: no family here is of that architecture, or has what it asks for;
+            or the file is an adapter.
         CheckpointError: keys are missing, of another kind, or contradict the tensors.
     """
     general = Values(file.path, file.metadata)
     name = general.text("general.architecture", "") or ""
     kind = general.text("general.type", "model")
+    if kind == "adapter":
+        raise AdapterFolderError(file.path, base_of(general))
     if kind != "model":
         raise UnsupportedModelError(
             f"{file.path} is no model (general.type={shown(kind)}); name the file of the model"
@@ -71,6 +75,13 @@ def config_values(file: GGUFFile) -> dict[str, Any]:
             "types": dict(Counter(tensor.type.name for tensor in file.tensors.values())),
         },
     }
+
+
+def base_of(general: Values) -> str | None:
+    """Return the model that an adapter was trained on, if its file says so: a hub id, or a name."""
+    url = general.text("general.base_model.0.repo_url") or ""
+    name = url.removeprefix("https://huggingface.co/")
+    return name or general.text("general.base_model.0.name")
 
 
 def _refuse_others(fields: Values) -> None:

@@ -55,7 +55,8 @@ class Adapting(AdaptedRows):
         """Load an adapter, completely or not at all, and make it the only active one.
 
         Args:
-            peft_model_id: a directory, or a hub id, with an adapter in the layout of PEFT.
+            peft_model_id: a directory, or a hub id, with an adapter in the layout of PEFT; or one
+                in GGUF, as llama.cpp has them.
             adapter_name: what it is to be called by; "default" if not given.
             peft_config: in place of the file's; with `adapter_state_dict`, for an adapter in
                 memory.
@@ -106,7 +107,9 @@ class Adapting(AdaptedRows):
                 raise InputError(
                     f"adapter_kwargs has {shown(unknown)}; there are {', '.join(where_from)}"
                 )
-            root, found, files = open_adapter(peft_model_id, **where_from | hub_options)
+            root, found, files = open_adapter(
+                peft_model_id, self.config.to_dict(), **where_from | hub_options
+            )
             config, where = config or found, where if weights is not None else str(root)
             weights = weights or files
         if config is None or weights is None:

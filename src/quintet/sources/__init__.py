@@ -1,9 +1,9 @@
 """Resolves a name to a GGUF file: a path, a hub id, or another program's model."""
 
 from quintet.sources.choice import models_among
-from quintet.sources.find import find_gguf
+from quintet.sources.find import find_gguf, is_gguf
 from quintet.sources.found import Found
 from quintet.sources.ollama import names as ollama_names
 from quintet.sources.smollm2 import fetch_smollm2
 
-__all__ = ["Found", "fetch_smollm2", "find_gguf", "models_among", "ollama_names"]
+__all__ = ["Found", "fetch_smollm2", "find_gguf", "is_gguf", "models_among", "ollama_names"]

@@ -114,9 +114,11 @@ def _read(root: Path, manifest: Path, name: str) -> Found:
             "GGUF; load the release it was made from"
         )
     if "adapter" in layers:
+        kept = [*layers.get("model", ()), *layers["adapter"]]
+        model, *adapters = [str(_blob(root, layer, manifest)) for layer in kept]
         raise UnsupportedModelError(
-            f"{shown(name)} is a model with an adapter in GGUF, which is not read here; load the "
-            "model it was made from, and the adapter as PEFT has it"
+            f"{shown(name)} is a model with adapters; load {model} and put on it, by load_adapter "
+            f"or --adapter,\n{listed(adapters)}"
         )
     models = layers.get("model", [])
     if len(models) != 1:
