@@ -19,7 +19,7 @@ from benchmarks.files import model_path, warm
 from benchmarks.servers import KINDS, Kind, Server, processor_seconds
 from benchmarks.serving_files import servable
 from quintet.errors import QuintetError
-from quintet.measurement.machine import Load, Machine
+from quintet.measurement.machine import Machine, MachineLoad
 from quintet.measurement.serving.workload import SHAPES
 
 ROOT = Path(__file__).parents[1]
@@ -178,7 +178,7 @@ def _rows(
         if until - time.monotonic() < LEAST:
             return
         left -= 1
-        with Load(lambda: _used(seats)) as load:
+        with MachineLoad(lambda: _used(seats)) as load:
             row = seat.measure(workload, clients, max(LEAST, share), seed=turn)
         yield {
             "kind": "serving",

@@ -39,7 +39,7 @@ from benchmarks.serving_findings import (
 from benchmarks.serving_load import RESULTS, about, now
 from benchmarks.speculation import prompts as held_out
 from quintet import AutoTokenizer
-from quintet.measurement.machine import Load, Machine
+from quintet.measurement.machine import Machine, MachineLoad
 from quintet.measurement.serving.asking import RequestRecord, Target
 from quintet.measurement.serving.connection import Address
 from quintet.measurement.serving.load import Load as Clients
@@ -352,7 +352,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     bench = Bench(options.files, options.threads, options.rounds, options.models)
     findings = []
-    with Load() as load:
+    with MachineLoad() as load:
         for name, measure in TARGETS.items():
             if options.only and not re.fullmatch(options.only, name):
                 continue

@@ -23,7 +23,7 @@ from typing import Any
 from benchmarks.__main__ import RESULTS, about
 from benchmarks.training_models import MODELS, directory
 from benchmarks.turns import Worker
-from quintet.measurement.machine import Load
+from quintet.measurement.machine import MachineLoad
 
 __all__ = ["Case", "main"]
 
@@ -111,7 +111,7 @@ def _measured(
             kept: dict[str, Any] = {
                 name: [] for name, packs in PACKS.items() if _takes(case, packs)
             }
-            with Load(lambda: sum(w.processor_seconds() for w in workers.values())) as load:
+            with MachineLoad(lambda: sum(w.processor_seconds() for w in workers.values())) as load:
                 # The first of each warms up.
                 for seed in range(options.rounds + 1):
                     for name, steps in kept.items():

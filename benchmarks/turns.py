@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks import files
 from benchmarks.suite import Case, Contender
-from quintet.measurement.machine import Load
+from quintet.measurement.machine import MachineLoad
 
 __all__ = ["Settings", "Worker", "run"]
 
@@ -166,7 +166,7 @@ def _together(
         for case in cases:
             if not settings.in_time():
                 return
-            with Load(lambda: _used([*workers, limits.worker])) as load:
+            with MachineLoad(lambda: _used([*workers, limits.worker])) as load:
                 idle = []
                 for repeat in range(settings.repeats):
                     limits.measure(case.kind)
@@ -188,7 +188,7 @@ def _apart(
     """Hold one model at a time, and load each of them in several rounds."""
     limits = _Limits(settings.threads)
     used = 0.0
-    with Load(lambda: used + time.process_time()) as load:
+    with MachineLoad(lambda: used + time.process_time()) as load:
         for turn, seat in product(range(settings.rounds), seats):
             if not settings.in_time():
                 break
@@ -213,7 +213,7 @@ def _loads(case: Case, seats: Sequence[_Seat], settings: Settings) -> dict[str, 
     limits.measure("load")
     used = limits.worker.processor_seconds()
     limits.worker.close()
-    with Load(lambda: used + time.process_time()) as load:
+    with MachineLoad(lambda: used + time.process_time()) as load:
         for _ in range(settings.repeats):
             for seat in seats:
                 worker = seat.open(settings)

@@ -7,7 +7,7 @@ from typing import Any
 
 import tiny
 from quintet.training.config import TrainingConfig
-from quintet.training.records import End, Evaluation, Sample, Saved, Silent, StepRecord
+from quintet.training.records import End, Evaluation, GeneratedSample, Saved, Silent, StepRecord
 from quintet.training.settings import build
 
 __all__ = ["MODELS", "Heard", "material", "settings"]
@@ -107,7 +107,7 @@ class Heard(Silent):
         self.warnings: list[str] = []
         self.saves: list[Saved] = []
         self.evaluations: list[Evaluation] = []
-        self.samples: list[Sample] = []
+        self.samples: list[GeneratedSample] = []
         self.ends: list[End] = []
 
     def step(self, record: StepRecord) -> None:
@@ -122,7 +122,7 @@ class Heard(Silent):
     def evaluated(self, evaluation: Evaluation) -> None:
         self.evaluations.append(evaluation)
 
-    def sampled(self, sample: Sample) -> None:
+    def sampled(self, sample: GeneratedSample) -> None:
         self.samples.append(sample)
 
     def ended(self, end: End) -> None:

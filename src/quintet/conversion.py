@@ -35,7 +35,7 @@ from quintet.modeling.key_mapping import KeyMapping, map_keys
 from quintet.modeling.placement import named_dtype
 from quintet.modeling.progress import progress_bar
 from quintet.quantization import (
-    Encoded,
+    EncodedWeight,
     GroupFormat,
     Int4Format,
     QuantizationConfig,
@@ -45,7 +45,7 @@ from quintet.quantization import (
     read,
     resolve_quantization,
 )
-from quintet.quantization.calibration import Place, rounded
+from quintet.quantization.calibration import MatrixPlace, rounded
 from quintet.quantization.formats import Parts
 
 
@@ -182,7 +182,7 @@ def open_source(
 
 def _rounded(
     root: Path, weights: "WeightStream", batches: Sequence[Tensor]
-) -> dict[Place, list[Parts]]:
+) -> dict[MatrixPlace, list[Parts]]:
     """Round the matrices of 4 bits with a text in view."""
     slots = {}
     for name, slot in weights.slots.items():
@@ -205,7 +205,7 @@ def _rounded(
             bar.update(place.expert in (None, 0))
     stacks = {place.name for place in found if place.expert is not None}
     experts = {name: slots[name].module.matrices[slots[name].name][1][0] for name in stacks}
-    missed = sum(Place(name, e) not in found for name, E in experts.items() for e in range(E))
+    missed = sum(MatrixPlace(name, e) not in found for name, E in experts.items() for e in range(E))
     if missed:
         warnings.warn(
             f"no token of the text came to {missed} of {sum(experts.values())} matrices of "
@@ -238,7 +238,7 @@ class WeightStream:
     whole: Mapping[str, tuple[int, ...]]
     slots: Mapping[str, Slot]
     dtype: torch.dtype
-    rounded: Mapping[Place, list[Parts]] = field(default_factory=dict)
+    rounded: Mapping[MatrixPlace, list[Parts]] = field(default_factory=dict)
     read: int = 0
     written: int = 0
 
@@ -276,18 +276,18 @@ class WeightStream:
                 self.read += sizes[in_file]
                 bar.update(sizes[in_file])
 
-    def _rounded(self, name: str, to: Piece) -> Encoded | None:
+    def _rounded(self, name: str, to: Piece) -> EncodedWeight | None:
         """Return a piece that was rounded with a text in view."""
         expert, rows = (None, slice(0)) if to.place is None else to.place
-        parts = self.rounded.get(Place(name, expert))
+        parts = self.rounded.get(MatrixPlace(name, expert))
         if parts is None:
             return None
         slot = self.slots[name]
         own = parts[(rows.start or 0) // to.shape[0]]
-        return Encoded(slot.module.formats[slot.name], own, to.shape)
+        return EncodedWeight(slot.module.formats[slot.name], own, to.shape)
 
     def _converted(
-        self, weight: Tensor | Encoded, to: Piece, slot: Slot | None, source: str
+        self, weight: Tensor | EncodedWeight, to: Piece, slot: Slot | None, source: str
     ) -> Iterator[tuple[str, Tensor]]:
         if slot is not None:
             weight_format = slot.module.formats[slot.name]
@@ -296,17 +296,17 @@ class WeightStream:
             return
         exact = to.name.endswith(self.model.keep_in_fp32)
         dtype = torch.float32 if exact else self.dtype
-        if isinstance(weight, Encoded):
+        if isinstance(weight, EncodedWeight):
             weight = weight.checked(source).decode(dtype)
         yield to.name, weight.to(dtype) if weight.is_floating_point() else weight
 
 
-def _part(weight: Tensor | Encoded, piece: Piece, to: Piece) -> Tensor | Encoded:
+def _part(weight: Tensor | EncodedWeight, piece: Piece, to: Piece) -> Tensor | EncodedWeight:
     """Cut the tensor of one piece out of a tensor that was read."""
     if to.place is None or piece.place is not None:
         return weight
     expert, rows = to.place
-    whole: Tensor | Encoded
+    whole: Tensor | EncodedWeight
     whole = weight[expert] if isinstance(weight, Tensor) else weight.slice(expert)
     height = to.shape[0]
     return cut(whole, to.shape, whole.shape[0] // height)[int(rows.start) // height]

@@ -15,7 +15,7 @@ import quintet
 from conformance.families import FAMILIES, Family, each
 from pefts import ATTENTION, IDS, QUIET, logits, lora, peft, twins
 from quintet.adapters.lowrank import Remembered
-from quintet.layers.snapshot import Snapshot
+from quintet.layers.snapshot import ModuleSnapshot
 from support import relative_error as relative
 
 pytestmark = QUIET
@@ -115,12 +115,12 @@ def test_merging_in_bfloat16_rounds_once(family: Family) -> None:
 def test_layers_are_taken_down_once_while_no_adapter_is_in_use(family: Family) -> None:
     model = with_two(family, shared=False)
     model.disable_adapters()
-    snapshot = Snapshot(model.model.layers)
+    snapshot = ModuleSnapshot(model.model.layers)
     assert snapshot.holds()
     model.enable_adapters()
     assert not snapshot.holds()
     model.merge_adapter()
-    snapshot = Snapshot(model.model.layers)
+    snapshot = ModuleSnapshot(model.model.layers)
     assert snapshot.holds()
     model.unmerge_adapter()
     assert not snapshot.holds()

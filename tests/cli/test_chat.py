@@ -11,7 +11,7 @@ import pytest
 from quintet import AutoModelForCausalLM, AutoTokenizer, sources
 from quintet.cli import offers, options
 from quintet.cli.local_models import LocalModel
-from quintet.sources import Found
+from quintet.sources import FoundModel
 
 
 @pytest.fixture(scope="module")
@@ -398,7 +398,7 @@ def test_piped_reasoning_is_left_out_unless_it_is_asked_for(
 def test_the_system_message_that_ollama_keeps_begins_the_talk(
     quintet: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = Found(Path("m.gguf"), system="Sprich deutsch.")
+    found = FoundModel(Path("m.gguf"), system="Sprich deutsch.")
     monkeypatch.setattr(sources, "find_gguf", lambda *_, **__: found)
     where = {"revision": None, "cache_dir": None, "local_files_only": True}
     assert options.stored_system_message("ollama:m", True, where) == "Sprich deutsch."

@@ -29,7 +29,7 @@ from quintet.server.registry import Offer, Registry
 from quintet.server.service import Service
 from quintet.server.settings import Settings
 from quintet.serving import Limits, memory
-from quintet.serving.scheduler import Cost
+from quintet.serving.scheduler import RowCost
 from served import loaded
 from simulated_gpu import cuda_memory
 from waiting import PATIENCE, until
@@ -218,7 +218,7 @@ def test_memory_without_room_for_a_row_is_told_at_the_start(quintet: Any) -> Non
 
 
 def test_on_a_gpu_rows_are_found_when_the_model_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "cost_of", lambda model, nbits: Cost(0, 1000))
+    monkeypatch.setattr(memory, "cost_of", lambda model, nbits: RowCost(0, 1000))
     config = SimpleNamespace(max_position_embeddings=4096)
     model: Any = SimpleNamespace(config=config, device=torch.device("cuda", 0))
     limits, given = Limits(capacity=1000, kept=10**7, queue=3), {"rows": None, "memory": None}

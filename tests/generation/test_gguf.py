@@ -8,7 +8,7 @@ import pytest
 
 from quintet.generation.config import GenerationConfig
 from quintet.generation.gguf import gguf_options
-from quintet.sources import Found
+from quintet.sources import FoundModel
 
 METADATA: dict[str, Any] = {
     "tokenizer.ggml.model": "gpt2",
@@ -20,7 +20,7 @@ METADATA: dict[str, Any] = {
 
 
 def read(parameters: dict[str, Any] | None = None, **more: Any) -> GenerationConfig:
-    found = Found(Path("m.gguf"), parameters=parameters or {})
+    found = FoundModel(Path("m.gguf"), parameters=parameters or {})
     metadata = {**METADATA, **{f"general.sampling.{name}": value for name, value in more.items()}}
     return GenerationConfig(**gguf_options(metadata, found))
 
@@ -52,5 +52,5 @@ def test_what_has_no_effect_is_told() -> None:
 
 
 def test_a_file_without_a_tokenizer_says_nothing_of_ends() -> None:
-    options = gguf_options({"tokenizer.ggml.model": "no_vocab"}, Found(Path("m.gguf")))
+    options = gguf_options({"tokenizer.ggml.model": "no_vocab"}, FoundModel(Path("m.gguf")))
     assert options == {"eos_token_id": None, "bos_token_id": None, "pad_token_id": None}

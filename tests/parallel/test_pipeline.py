@@ -13,7 +13,7 @@ from parallel.cases.tensor import family
 from parallel.pool import Pool
 from parallel.test_generate import WAYS
 from quintet.errors import InputError
-from quintet.parallel.stages import Cost, split, stages_of
+from quintet.parallel.stages import LayerCost, split, stages_of
 
 FAMILIES = ("qwen2", "qwen2-moe", "deepseek-v2", "deepseek-v3", "zamba2")
 
@@ -115,8 +115,8 @@ def test_no_split_has_a_smaller_largest_share(
     sizes: list[int], count: int, before: int, behind: int
 ) -> None:
     assume(count <= len(sizes))
-    layers = [Cost(size, size) for size in sizes]
-    runs = split(layers, count, Cost(before, 0), Cost(behind, behind))
+    layers = [LayerCost(size, size) for size in sizes]
+    runs = split(layers, count, LayerCost(before, 0), LayerCost(behind, behind))
     assert [i for run in runs for i in run] == list(range(len(sizes)))
     assert all(runs)
 
@@ -134,8 +134,8 @@ def test_no_split_has_a_smaller_largest_share(
 
 
 def test_a_head_counts_where_layers_are_given_out() -> None:
-    layer, head = Cost(100, 100), Cost(250, 250)
-    assert split([layer] * 8, 2, Cost(0, 0), head) == [range(5), range(5, 8)]
+    layer, head = LayerCost(100, 100), LayerCost(250, 250)
+    assert split([layer] * 8, 2, LayerCost(0, 0), head) == [range(5), range(5, 8)]
 
 
 def test_more_stages_than_layers_are_refused() -> None:

@@ -13,7 +13,7 @@ from quintet.errors import DoesNotFitError, InputError
 from quintet.planning.devices import device
 from quintet.planning.inference import Workload, footprint
 from quintet.planning.plans import described, plan_inference, plan_training
-from quintet.planning.shares import Model
+from quintet.planning.shares import PlannedModel
 from quintet.planning.training import Training, training_footprint
 from quintet.planning.world import Limits, Split, World, splits
 from released import RELEASED, released
@@ -22,7 +22,7 @@ H100 = device("h100")
 
 
 @cache
-def model_of(name: str, quantize: str | None = "none") -> Model:
+def model_of(name: str, quantize: str | None = "none") -> PlannedModel:
     return described(released(name), H100, quantize=quantize)[0]
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quintet.parallel.placement import Place, Shard, shard_of
-from quintet.quantization import Encoded, GroupFormat, Int4Format, Int8Format, WeightFormat
+from quintet.quantization import EncodedWeight, GroupFormat, Int4Format, Int8Format, WeightFormat
 from quintet.quantization.bitsandbytes import CodesFormat
 from quintet.quantization.formats import FP8Format
 from quintet.quantization.mixed import FP8_ROWS
@@ -30,9 +30,9 @@ each_format = pytest.mark.parametrize("name", FORMATS)
 SHAPE = (384, 256)
 
 
-def encoded(held: WeightFormat, shape: tuple[int, int] = SHAPE) -> Encoded:
+def encoded(held: WeightFormat, shape: tuple[int, int] = SHAPE) -> EncodedWeight:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    return Encoded(held, held.encode(weight), shape)
+    return EncodedWeight(held, held.encode(weight), shape)
 
 
 def shard(dim: int, *ranges: tuple[int, int]) -> Shard:
@@ -92,7 +92,7 @@ def test_what_is_alone_is_encoded_as_it_is_in_the_whole(
     if start == end or not held.alone(own):
         return
     weight = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
-    there = Encoded(held, held.encode(weight), SHAPE).part(own)
+    there = EncodedWeight(held, held.encode(weight), SHAPE).part(own)
     assert there is not None
     here = held.encode(own.of(weight))
     for suffix, part in here.items():

@@ -11,7 +11,7 @@ from conformance.families import Family, each
 from quintet import PreTrainedTokenizerFast, Qwen2ForCausalLM
 from quintet.parsing.events import CallArguments, CallEnd, CallStart, Content
 from quintet.server.questions import AnswerEvent, Finish, Tokens
-from quintet.server.routes.chat import Message
+from quintet.server.routes.chat import AnswerMessage
 from quintet.tokenization.stream import IncrementalDecoder
 from served import Running
 from server.talking import CONTEXT, chat_tokenizer, chunks, events, talking
@@ -302,7 +302,7 @@ def test_drafts_change_when_an_answer_comes_and_nothing_else(served: Served) -> 
 
 @pytest.mark.parametrize(("reason", "kept"), [("stop", 1), ("tool_calls", 1), ("length", 2)])
 def test_a_call_that_turned_out_to_be_none_is_content_alone(reason: str, kept: int) -> None:
-    message = Message()
+    message = AnswerMessage()
     whole = [CallStart(0, "f"), CallArguments(0, '{"a": 1}'), CallEnd(0)]
     broken = [CallStart(1, "g"), CallArguments(1, '{"a'), Content('{"a: broken')]
     for event in (*whole, *broken, Finish(reason, Tokens(5, 0, 9, 0))):

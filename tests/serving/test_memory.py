@@ -15,7 +15,7 @@ from quintet.generation.engine import Engine as StepEngine
 from quintet.generation.speculative.drafting import PredictedDrafting
 from quintet.serving import Engine, Limits, memory
 from quintet.serving.memory import cost_of, limits_for, room_of
-from quintet.serving.scheduler import Cost
+from quintet.serving.scheduler import RowCost
 from simulated_gpu import cuda_memory
 from waiting import PATIENCE
 
@@ -142,8 +142,8 @@ def test_limits_fit_into_memory() -> None:
 def test_a_gpu_has_as_many_rows_as_its_free_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     # What limits are found of.
     model: Any = SimpleNamespace(config=FAMILIES[0].config(), device=torch.device("cuda", 0))
-    monkeypatch.setattr(memory, "cost_of", lambda model, nbits: Cost(100, 1000))
-    row = Cost(100, 1000).of(128)
+    monkeypatch.setattr(memory, "cost_of", lambda model, nbits: RowCost(100, 1000))
+    row = RowCost(100, 1000).of(128)
     with cuda_memory(12 * row):
         found = limits_for(model, kept=row)
         assert (found.rows, found.memory) == (8, int(0.8 * 12 * row) - row)

@@ -9,7 +9,7 @@ from quintet.serving.answers import Answer
 from quintet.serving.limits import Limits
 from quintet.serving.request import Request, hand_out
 from quintet.serving.runner import Runner
-from quintet.serving.scheduler import Cost
+from quintet.serving.scheduler import RowCost
 from quintet.serving.transcript import Transcript
 
 INTERLEAVINGS = 10_000
@@ -136,7 +136,7 @@ def test_any_interleaving() -> None:
             patience=dice.choice((0.0, 3.0)),
             kept=dice.choice((0, 200, 2000)),
         )
-        runner = Runner(steps, limits, lambda: clock[0], Cost(5 * steps.recurrent, 1))  # type: ignore[arg-type]
+        runner = Runner(steps, limits, lambda: clock[0], RowCost(5 * steps.recurrent, 1))  # type: ignore[arg-type]
         told: dict[Request, list[Answer | Exception]] = {}
         going: list[Request] = []
         for _ in range(dice.randint(5, 60)):
@@ -191,7 +191,7 @@ def test_any_interleaving() -> None:
 
 def test_a_row_that_nobody_has_is_free_when_the_engine_is_idle() -> None:
     steps = Steps(2, random.Random(1))
-    runner = Runner(steps, Limits(rows=2, capacity=10), float, Cost(0, 1))  # type: ignore[arg-type]
+    runner = Runner(steps, Limits(rows=2, capacity=10), float, RowCost(0, 1))  # type: ignore[arg-type]
     steps.add(Text([1, 2], 3))
     runner.turn()
     assert not steps.held

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from quintet.errors import InputError, QueueFullError
 from quintet.serving.limits import GRID, Limits
-from quintet.serving.scheduler import PASSES, Cost, Job, Scheduler
+from quintet.serving.scheduler import PASSES, Job, RowCost, Scheduler
 
-COST = Cost(row=0, token=1)
+COST = RowCost(row=0, token=1)
 
 
 def run_over(scheduler: Scheduler, job: Job, tokens: int) -> None:
@@ -270,7 +270,7 @@ def test_limits_that_cannot_be_are_named(wrong: dict[str, int]) -> None:
 def test_what_drafts_keep_counts_until_the_prompt_is_read() -> None:
     """Of those who draft alone: each token twice, and what is read of it twice more."""
     limits = Limits(rows=3, capacity=512, memory=900, ahead=10)
-    scheduler = Scheduler(limits, Cost(row=0, token=1, drafted=1, unread=2))
+    scheduler = Scheduler(limits, RowCost(row=0, token=1, drafted=1, unread=2))
     first, second = (Job(100, 120, predicts=True) for _ in range(2))
     plain = Job(100, 120)
     for job in (first, second, plain):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from quintet.errors import CheckpointError, InputError, ModelNotFoundError, UnsupportedModelError
-from quintet.sources import Found, find_gguf
+from quintet.sources import FoundModel, find_gguf
 
 KIND = "application/vnd.ollama.image."
 
@@ -36,7 +36,7 @@ def write(root: Path, layers: list[Any], at: str = "registry.ollama.ai/library/m
     return manifest
 
 
-def found(name: str) -> Found:
+def found(name: str) -> FoundModel:
     answer = find_gguf(name)
     assert answer is not None
     return answer

@@ -15,9 +15,9 @@ from quintet.training.records import (
     Beginning,
     End,
     Evaluation,
-    Sample,
+    GeneratedSample,
+    Reporters,
     Saved,
-    Several,
     Silent,
     StepRecord,
 )
@@ -50,7 +50,7 @@ def begin(folder: Path, model: Any, step: int = 0, **settings: Any) -> tuple[Met
 
 def test_each_event_is_a_line(tmp_path: Path, predicting: Any) -> None:
     metrics, heard = begin(tmp_path, predicting, peak_flops=1e9)
-    teller = Several(Silent(), metrics)
+    teller = Reporters(Silent(), metrics)
     plain = record(1, terms={"next_token": 2.5}, balance={"r": 0.5}, learning_rates={"muon": 1e-3})
     teller.step(plain)
     teller.step(record(2, terms={"next_token": 2.0, "prediction": 3.0}))
@@ -78,7 +78,7 @@ def test_where_a_run_goes_on_no_step_is_there_twice(tmp_path: Path, predicting: 
     metrics, _ = begin(tmp_path, predicting)
     for step in range(1, 8):
         metrics.step(record(step, loss=float(step)))
-        metrics.sampled(Sample(step=step, tokens=0, prompt="a", text="b", seed=0))
+        metrics.sampled(GeneratedSample(step=step, tokens=0, prompt="a", text="b", seed=0))
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"event": "step", "step"')
     assert [line.get("step") for line in read_metrics(tmp_path)] == [*range(8)]
@@ -94,7 +94,7 @@ def test_where_a_run_goes_on_no_step_is_there_twice(tmp_path: Path, predicting: 
 def test_texts_are_in_a_file_of_their_own(tmp_path: Path, predicting: Any) -> None:
     metrics, _ = begin(tmp_path, predicting)
     assert not (tmp_path / "samples.jsonl").exists()
-    metrics.sampled(Sample(step=1, tokens=0, prompt="secret", text="said", seed=0))
+    metrics.sampled(GeneratedSample(step=1, tokens=0, prompt="secret", text="said", seed=0))
     assert "secret" not in (tmp_path / "metrics.jsonl").read_text()
     assert json.loads((tmp_path / "samples.jsonl").read_text())["text"] == "said"
 

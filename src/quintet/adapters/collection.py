@@ -13,7 +13,7 @@ from quintet.adapters.forwards import ALL, IN_USE, Active, Forward, adapted_modu
 from quintet.adapters.merging import Merge
 from quintet.adapters.reading import Adaptations
 from quintet.errors import InputError, shown
-from quintet.layers.adapted import Place, Places
+from quintet.layers.adapted import AdapterPlace, Places
 
 # What PEFT calls the adapter of a row that has none.
 BASE_ROW = "__base__"
@@ -199,7 +199,7 @@ class Adapters:
         used = self.active if name is None or name == IN_USE else (Active(name),)
         return tuple((self._marks[one.name], one.weight) for one in used)
 
-    def place(self, names: Sequence[object], device: torch.device, *, copied: bool) -> Place:
+    def place(self, names: Sequence[object], device: torch.device, *, copied: bool) -> AdapterPlace:
         """Return the place for rows with one adapter each, possibly with copies.
 
         Raises:
@@ -216,9 +216,9 @@ class Adapters:
             [distinct.index(name) for name in named], device=device, dtype=torch.long
         )
         own = tuple(None if n == BASE_ROW else n for n in distinct)
-        return Place(names=own, rows=rows, copied=copied)
+        return AdapterPlace(names=own, rows=rows, copied=copied)
 
-    def keys_of(self, place: Place | None) -> tuple[Key, ...]:
+    def keys_of(self, place: AdapterPlace | None) -> tuple[Key, ...]:
         """Return the cache key of each row, or one for all."""
         if place is None or place.rows is None:
             return (self.key(),)

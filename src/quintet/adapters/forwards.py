@@ -24,7 +24,7 @@ from quintet.adapters.lowrank import (
     Remembered,
 )
 from quintet.adapters.stacked import FEW, Share, StackedLowRank
-from quintet.layers.adapted import AdaptedForward, Place, Places
+from quintet.layers.adapted import AdaptedForward, AdapterPlace, Places
 from quintet.layers.moe import ExpertStack
 from quintet.ops.moe import each_hit_expert, gated
 from quintet.parallel.experts import Exchange, OwnExperts
@@ -86,7 +86,7 @@ class Forward(AdaptedForward):
     def run(self, used: Sequence[InUse], *args: Any, **named: Any) -> Any:
         """Run the module with the active adapters."""
 
-    def by_rows(self, place: Place, x: Tensor, *others: Tensor) -> Tensor:
+    def by_rows(self, place: AdapterPlace, x: Tensor, *others: Tensor) -> Tensor:
         """Run the module with an adapter per row; x is (..., C), or ids (...)."""
         shape = x.shape if is_embedding(self.module) else x.shape[:-1]
         which = place.per_vector(shape, x.device)
@@ -107,7 +107,9 @@ class Forward(AdaptedForward):
         """Return what rows use that say they have this adapter."""
         return self.active if name == IN_USE else () if name is None else (Active(name),)
 
-    def in_use(self, active: Sequence[Active], place: Place | None = None) -> tuple[InUse, ...]:
+    def in_use(
+        self, active: Sequence[Active], place: AdapterPlace | None = None
+    ) -> tuple[InUse, ...]:
         """Return the changes that apply at the forward's place."""
         found = []
         for one in active:
@@ -163,7 +165,7 @@ class _LinearForward(Forward):
         base = self.based(used)
         return self._added(used, base, x, self.call(base, x))
 
-    def by_rows(self, place: Place, x: Tensor, *others: Tensor) -> Tensor:
+    def by_rows(self, place: AdapterPlace, x: Tensor, *others: Tensor) -> Tensor:
         """Run the module once, and add what each row's adapter adds to it."""
         used = [self.in_use(self.active_in_rows(name), place) for name in place.names]
         if any(len(one.adaptation.instead) for found in used for one in found):

@@ -27,7 +27,7 @@ class Spot:
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class ModuleLayout:
     """The modules of a model by path.
 
     Attributes:
@@ -64,7 +64,7 @@ def layout_of(
     prefix: str = "",
     tied: tuple[str, str] | None = None,
     heads: Iterable[str] = (),
-) -> Layout:
+) -> ModuleLayout:
     """Collect the module paths of a model, without its adapters.
 
     Args:
@@ -90,4 +90,4 @@ def layout_of(
         layer = _LAYER.match(f"{path}.")
         shared = len(uses[module]) > 1 and layer is not None
         spots[path] = Spot(path, module, layer[1] if shared and layer else ALL)
-    return Layout(spots, prefix, tied, frozenset(heads))
+    return ModuleLayout(spots, prefix, tied, frozenset(heads))

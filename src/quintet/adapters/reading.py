@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from quintet.adapters.adaptation import EXPERT_STACKS, Adaptation, expert_name
 from quintet.adapters.bases import device_of, is_embedding, is_experts, is_linear, shape_of
 from quintet.adapters.config import LoraConfig
-from quintet.adapters.layout import Layout, Spot
+from quintet.adapters.layout import ModuleLayout, Spot
 from quintet.adapters.lowrank import EmbeddingLowRank, ExpertStackLowRank, LowRank, NewRows
 from quintet.adapters.names import DELTA, Name, parse, path_of_expert
 from quintet.checkpoint import TensorInfo, Weights
@@ -52,7 +52,9 @@ class _Group:
         return self.infos[leaf].shape
 
 
-def read_adapter(layout: Layout, config: LoraConfig, weights: Weights, where: str) -> Adaptations:
+def read_adapter(
+    layout: ModuleLayout, config: LoraConfig, weights: Weights, where: str
+) -> Adaptations:
     """Read an adapter for a model.
 
     Raises:
@@ -77,7 +79,7 @@ def read_adapter(layout: Layout, config: LoraConfig, weights: Weights, where: st
     return adaptations
 
 
-def names_of(layout: Layout, adaptations: Adaptations) -> Iterator[str]:
+def names_of(layout: ModuleLayout, adaptations: Adaptations) -> Iterator[str]:
     """Yield the paths of modules that an adapter changes, and of tensors that it replaces."""
     for spot in layout:
         if (found := adaptations.get((spot.module, spot.use))) is not None:
@@ -85,7 +87,7 @@ def names_of(layout: Layout, adaptations: Adaptations) -> Iterator[str]:
             yield from (f"{layout.named(spot.path)}.{leaf}" for leaf in found.instead)
 
 
-def tie(layout: Layout, adaptations: Adaptations) -> None:
+def tie(layout: ModuleLayout, adaptations: Adaptations) -> None:
     """Let a tied head share replaced embedding vectors."""
     if layout.tied is None:
         return
@@ -106,7 +108,7 @@ def _read(weights: Weights, name: str, device: torch.device) -> Tensor:
 
 
 def _grouped(
-    layout: Layout, config: LoraConfig, tensors: Mapping[str, TensorInfo], where: str
+    layout: ModuleLayout, config: LoraConfig, tensors: Mapping[str, TensorInfo], where: str
 ) -> tuple[list[_Group], list[tuple[Spot, str, TensorInfo]]]:
     groups: dict[tuple[str, int], _Group] = {}
     replaced: list[tuple[Spot, str, TensorInfo]] = []
@@ -139,7 +141,7 @@ def _grouped(
     return list(groups.values()), replaced
 
 
-def _takes(layout: Layout, config: LoraConfig, name: Name, spot: Spot) -> bool:
+def _takes(layout: ModuleLayout, config: LoraConfig, name: Name, spot: Spot) -> bool:
     """Return whether an adapter may replace a module's tensor."""
     if shape_of(spot.module, name.leaf) is None:
         return False

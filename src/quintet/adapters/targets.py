@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from quintet.adapters.adaptation import EXPERT_STACKS, Adaptation
 from quintet.adapters.bases import dense, device_of, is_embedding, is_experts, is_linear, shape_of
 from quintet.adapters.config import LoraConfig
-from quintet.adapters.layout import Layout, Spot
+from quintet.adapters.layout import ModuleLayout, Spot
 from quintet.adapters.lowrank import EmbeddingLowRank, ExpertStackLowRank, LowRank, NewRows
 from quintet.adapters.reading import Adaptations, tie
 from quintet.errors import InputError, UnsupportedModelError, listed, shown
@@ -18,7 +18,7 @@ from quintet.errors import InputError, UnsupportedModelError, listed, shown
 ALL_LINEAR = "all-linear"
 
 
-def targeted(layout: Layout, config: LoraConfig) -> list[Spot]:
+def targeted(layout: ModuleLayout, config: LoraConfig) -> list[Spot]:
     """Return the modules that a config targets."""
     found = []
     for spot in layout:
@@ -34,7 +34,7 @@ def targeted(layout: Layout, config: LoraConfig) -> list[Spot]:
     return found
 
 
-def expected(layout: Layout, config: LoraConfig) -> Iterator[str]:
+def expected(layout: ModuleLayout, config: LoraConfig) -> Iterator[str]:
     """Yield the modules, and biases, that a config says its files have something for."""
     lora = targeted(layout, config)
     yield from (layout.named(spot.path) for spot in lora)
@@ -56,7 +56,7 @@ def expected(layout: Layout, config: LoraConfig) -> Iterator[str]:
             yield f"{path}.bias"
 
 
-def new_adapter(layout: Layout, config: LoraConfig) -> Adaptations:
+def new_adapter(layout: ModuleLayout, config: LoraConfig) -> Adaptations:
     """Make an untrained adapter, which has no effect unless `init_lora_weights=False`.
 
     Raises:
@@ -129,7 +129,7 @@ def _is_in_layers(config: LoraConfig, path: str) -> bool:
     return number in ([layers] if isinstance(layers, int) else layers)
 
 
-def _parameters(layout: Layout, config: LoraConfig) -> Iterator[tuple[Spot, str]]:
+def _parameters(layout: ModuleLayout, config: LoraConfig) -> Iterator[tuple[Spot, str]]:
     for spot in layout:
         names = [*spot.module._parameters, *(EXPERT_STACKS if is_experts(spot.module) else ())]
         for name in dict.fromkeys(names):
@@ -150,7 +150,7 @@ def _parameters(layout: Layout, config: LoraConfig) -> Iterator[tuple[Spot, str]
 
 
 def _own(
-    layout: Layout, config: LoraConfig, adaptations: Adaptations
+    layout: ModuleLayout, config: LoraConfig, adaptations: Adaptations
 ) -> Iterator[tuple[Spot, str, Tensor]]:
     """Yield the tensors an adapter replaces from the start."""
     for spot in layout:
@@ -164,7 +164,7 @@ def _own(
             yield spot, "weight", dense(spot.module, "weight")
 
 
-def _tokens(layout: Layout, config: LoraConfig) -> Iterator[tuple[Spot, list[int]]]:
+def _tokens(layout: ModuleLayout, config: LoraConfig) -> Iterator[tuple[Spot, list[int]]]:
     given = config.trainable_token_indices
     if not given:
         return

@@ -9,14 +9,14 @@ from torch import Tensor, nn
 from quintet.adapters.adaptation import EXPERT_STACKS, Adaptation
 from quintet.adapters.config import LoraConfig
 from quintet.adapters.files import STEM
-from quintet.adapters.layout import Layout
+from quintet.adapters.layout import ModuleLayout
 from quintet.adapters.names import DELTA, PREFIX, name_of
 from quintet.checkpoint import save
 from quintet.folder import ADAPTER_CONFIG_NAME
 
 
 def adapter_state(
-    layout: Layout, parts: Mapping[tuple[nn.Module, str], Adaptation]
+    layout: ModuleLayout, parts: Mapping[tuple[nn.Module, str], Adaptation]
 ) -> dict[str, Tensor]:
     """Return an adapter's tensors by their names in files."""
     state: dict[str, Tensor] = {}

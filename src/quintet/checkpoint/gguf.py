@@ -13,7 +13,7 @@ from torch import Tensor
 from quintet.checkpoint.header import TensorInfo
 from quintet.checkpoint.reading import Checkpoint
 from quintet.errors import CheckpointError, UnsupportedModelError, listed
-from quintet.gguf import GGUFFile, Part, config_values, read_gguf, release_parts
+from quintet.gguf import GGUFFile, WeightPart, config_values, read_gguf, release_parts
 from quintet.gguf.layouts import LAYOUTS
 
 _PLAIN: Mapping[str, torch.dtype] = MappingProxyType(
@@ -103,7 +103,7 @@ class GGUFCheckpoint:
             self._files.forget(name)
 
 
-def info_of(part: Part) -> TensorInfo:
+def info_of(part: WeightPart) -> TensorInfo:
     """Return the entry of a tensor, or of rows of one."""
     kind = part.tensor.type
     dtype = _PLAIN.get(kind.name)

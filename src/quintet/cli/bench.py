@@ -220,7 +220,7 @@ def _measured(
     on_cpu = model.device.type == "cpu"
     bandwidth = bandwidth if on_cpu else None
     peak = machine.gemm_peak(model.dtype) if on_cpu and any(prompts) else None
-    with machine.Load() as load:
+    with machine.MachineLoad() as load:
         rows = []
         for row in _rows(
             model,

@@ -10,12 +10,12 @@ from quintet.cli.terminal import CLEAR, can_dim, can_move, dimmed, harmless, not
 
 if TYPE_CHECKING:
     from quintet.training.config import TrainingConfig
-    from quintet.training.metrics import Usage
+    from quintet.training.metrics import MachineUsage
     from quintet.training.records import (
         Beginning,
         End,
         Evaluation,
-        Sample,
+        GeneratedSample,
         Saved,
         StepRecord,
     )
@@ -43,7 +43,7 @@ class Console:
         self._config, self._quiet = config, quiet
         self._moves = not quiet and width(sys.stderr) is not None and can_move()
         self._beginning: Beginning | None = None
-        self._usage: Usage | None = None
+        self._usage: MachineUsage | None = None
         self._clock = _Clock()
         self._loss = self._rate = math.nan
         self._shown_at, self._shown_done, self._open = -math.inf, 0.0, False
@@ -53,11 +53,11 @@ class Console:
         """Print the plan of a run, and its memory."""
         from quintet.cli.train_banner import banner
         from quintet.modeling.heads import CausalLMHead
-        from quintet.training.metrics import Usage
+        from quintet.training.metrics import MachineUsage
 
         self._beginning, peak = beginning, self._config.report.peak_flops
         if isinstance(beginning.model, CausalLMHead):
-            self._usage = Usage(beginning.model, peak)
+            self._usage = MachineUsage(beginning.model, peak)
         for line in banner(beginning, self._config):
             self._say(line)
         self._clock = _Clock()
@@ -85,7 +85,7 @@ class Console:
         """Print an evaluation."""
         self._say(f"step {evaluation.step:,}: {measured(evaluation)}")
 
-    def sampled(self, sample: "Sample") -> None:
+    def sampled(self, sample: "GeneratedSample") -> None:
         """Print the model's text."""
         self._say(
             f"step {sample.step:,} writes: {harmless(sample.prompt)} ▸ {harmless(sample.text)}"

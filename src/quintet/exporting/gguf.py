@@ -14,7 +14,7 @@ from quintet.configuration.base import PreTrainedConfig
 from quintet.conversion import Converted, open_source
 from quintet.errors import CheckpointError, InputError, ModelNotFoundError, TokenizerError
 from quintet.exporting.keys import ARCHITECTURES, config_metadata, read_otherwise
-from quintet.exporting.places import Place, kind_of, places_of
+from quintet.exporting.places import TensorPlace, kind_of, places_of
 from quintet.generation.config import GENERATION_CONFIG_NAME, GenerationConfig
 from quintet.gguf.cursor import Value
 from quintet.gguf.types import BY_NAME, BlockType
@@ -119,7 +119,7 @@ def _ends(root: Path, config: PreTrainedConfig) -> Sequence[int]:
     return [ends] if isinstance(ends, int) else list(ends or ())
 
 
-def _write(writer: GGUFWriter, place: Place, kind: BlockType, tensor: Tensor) -> None:
+def _write(writer: GGUFWriter, place: TensorPlace, kind: BlockType, tensor: Tensor) -> None:
     """Encode some rows at a time, and put them where they belong."""
     rows = tensor.reshape(-1, tensor.shape[-1])
     row_bytes = rows.shape[1] // kind.weights * kind.nbytes

@@ -16,7 +16,7 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class TensorPlace:
     """A tensor of the file, or a slice of it, and its source in a release's tensor.
 
     Attributes:
@@ -41,7 +41,7 @@ _SHARED = re.compile(r"mlp\.shared_experts?\.(?P<which>gate|up|down)_proj")
 _EXACT = ("ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight", "_norm.weight", ".bias")
 
 
-def places_of(name: str, shape: Shape, values: Mapping[str, Any]) -> list[Place]:
+def places_of(name: str, shape: Shape, values: Mapping[str, Any]) -> list[TensorPlace]:
     """Return the places of a tensor in GGUF; none if GGUF has no place for it.
 
     Args:
@@ -53,7 +53,7 @@ def places_of(name: str, shape: Shape, values: Mapping[str, Any]) -> list[Place]
         UnsupportedModelError: llama.cpp would run the model without it.
     """
     if name in _TO_FILE:
-        return [Place(_TO_FILE[name], shape)]
+        return [TensorPlace(_TO_FILE[name], shape)]
     found = _LAYER.fullmatch(name)
     if found is not None:
         layer, module, leaf = int(found["layer"]), found["what"], found["leaf"] or ""
@@ -62,25 +62,27 @@ def places_of(name: str, shape: Shape, values: Mapping[str, Any]) -> list[Place]
             return []
         block = f"blk.{layer}."
         if module == "mlp.gate.e_score_correction_bias":
-            return [Place(f"{block}exp_probs_b.bias", shape)]
+            return [TensorPlace(f"{block}exp_probs_b.bias", shape)]
         if expert := _EXPERT.fullmatch(module):
             count: int = values["num_experts" if "num_experts" in values else "n_routed_experts"]
             stack_name = f"{block}ffn_{expert['which']}_exps.{leaf}"
-            return [Place(stack_name, (count, *shape), int(expert["expert"]))]
+            return [TensorPlace(stack_name, (count, *shape), int(expert["expert"]))]
         if shared := _SHARED.fullmatch(module):
-            return [Place(f"{block}ffn_{shared['which']}_shexp.{leaf}", shape)]
+            return [TensorPlace(f"{block}ffn_{shared['which']}_shexp.{leaf}", shape)]
         if module == "mlp.shared_expert_gate":
-            return [Place(f"{block}ffn_gate_inp_shexp.{leaf}", shape[-1:], take=Tensor.flatten)]
+            return [
+                TensorPlace(f"{block}ffn_gate_inp_shexp.{leaf}", shape[-1:], take=Tensor.flatten)
+            ]
         if module == "self_attn.kv_b_proj":
             return _halves(block, values)
         if module in _IN_LAYER and leaf:
-            return [Place(f"{block}{_IN_LAYER[module]}.{leaf}", shape)]
+            return [TensorPlace(f"{block}{_IN_LAYER[module]}.{leaf}", shape)]
     raise UnsupportedModelError(
         f"llama.cpp has no place for {name} {list(shape)}, and would run the model without it"
     )
 
 
-def _halves(block: str, values: Mapping[str, Any]) -> list[Place]:
+def _halves(block: str, values: Mapping[str, Any]) -> list[TensorPlace]:
     """Return the two places of a map from a latent: to keys (H, R, Dn), to values (H, Dv, R)."""
     heads, rank = values["num_attention_heads"], values["kv_lora_rank"]
     sizes = [values["qk_nope_head_dim"], values["v_head_dim"]]
@@ -93,8 +95,8 @@ def _halves(block: str, values: Mapping[str, Any]) -> list[Place]:
         return weight.view(heads, sum(sizes), rank)[:, sizes[0] :].contiguous()
 
     return [
-        Place(f"{block}attn_k_b.weight", (heads, rank, sizes[0]), take=keys),
-        Place(f"{block}attn_v_b.weight", (heads, sizes[1], rank), take=outputs),
+        TensorPlace(f"{block}attn_k_b.weight", (heads, rank, sizes[0]), take=keys),
+        TensorPlace(f"{block}attn_v_b.weight", (heads, sizes[1], rank), take=outputs),
     ]
 
 

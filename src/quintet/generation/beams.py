@@ -43,7 +43,7 @@ class BeamOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class BeamSearchResult:
     """The best continuations of each prompt, best first.
 
     Shapes: tokens and rows (B·returned, new), scores (B·returned,); a row is that of B·N to which
@@ -60,7 +60,7 @@ class Found:
         return torch.cat((self.tokens, self.rows.long(), scores.long()), dim=1)
 
     @classmethod
-    def of_numbers(cls, numbers: Tensor) -> "Found":
+    def of_numbers(cls, numbers: Tensor) -> "BeamSearchResult":
         """Unpack such a tensor."""
         new = numbers.shape[1] // 2
         scores = numbers[:, -1].to(torch.int32).view(torch.float32)
@@ -90,7 +90,7 @@ class _Beams:
         return _Beams(self.tokens.gather(1, wide), self.rows.gather(1, wide), values), places
 
 
-def beam_search(run: Generation, options: BeamOptions) -> Found:
+def beam_search(run: Generation, options: BeamOptions) -> BeamSearchResult:
     """Return the best continuations of each prompt.
 
     Args:
@@ -117,7 +117,7 @@ def beam_search(run: Generation, options: BeamOptions) -> Found:
         output = run.forward.step(run.text)
     if agreement is None:
         return search.found()
-    return Found.of_numbers(
+    return BeamSearchResult.of_numbers(
         agreement.decided(lambda: search.found().numbers(), run.text.ids.device)
     )
 
@@ -172,12 +172,12 @@ class _Search:
             (running.rows[:, :, step].flatten().long(), running.tokens[:, :, step].flatten())
         )
 
-    def found(self) -> Found:
+    def found(self) -> BeamSearchResult:
         """Return the best finished beams."""
         ends, count = self.ends, self.options.num_return_sequences
         rows = ends.rows[:, :count].flatten(0, 1)
         new = int((rows >= 0).sum(dim=1).max())
-        return Found(
+        return BeamSearchResult(
             tokens=ends.tokens[:, :count].flatten(0, 1)[:, :new],
             rows=rows[:, :new],
             scores=ends.scores[:, :count].flatten(),

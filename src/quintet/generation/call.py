@@ -15,7 +15,7 @@ from quintet.generation.arguments import Arguments
 from quintet.generation.beams import BeamOptions, beam_search
 from quintet.generation.caches import open_cache
 from quintet.generation.config import GenerationConfig
-from quintet.generation.decode import Forward, Generation, LanguageModel, Rooms, decode
+from quintet.generation.decode import Forward, Generation, LanguageModel, TokenLimits, decode
 from quintet.generation.guiding import guidance
 from quintet.generation.healing import heal
 from quintet.generation.in_turns import decode_in_turns, groups_of, in_groups, pieces_of
@@ -299,7 +299,7 @@ class Call:
         if isinstance(forward, PreparedForward):
             forward.prepare = self.model.prepare_inputs_for_generation
         text = TokenBuffer(part.ids, part.text_padding(), room=room, copies=copies)
-        rooms = Rooms.of(room, decided.as_given, copies)
+        rooms = TokenLimits.of(room, decided.as_given, copies)
         chunk = config.prefill_chunk_size
         if not (chunk or decided.prepared or record.wanted or cache is None):
             chunk = pieces_of(self.model.world, *part.inputs.shape[:2])
@@ -333,7 +333,7 @@ class Call:
             return own or decided.past
         return open_cache(config, self.model.config, self.model.new_cache, decided.tokens)
 
-    def _processors(self, text: TokenBuffer, rooms: Rooms) -> LogitsProcessorList:
+    def _processors(self, text: TokenBuffer, rooms: TokenLimits) -> LogitsProcessorList:
         decided, given = self.decided, self.given
         if not self.chooses:
             return running_the_model((*decided.first, *(given.logits_processor or ())))

@@ -17,7 +17,7 @@ from quintet.generation.option_names import check_names, is_default
 from quintet.generation.options import Options
 from quintet.gguf import read_gguf
 from quintet.hub import CONFIG_PATTERNS, locate
-from quintet.sources import Found, find_gguf
+from quintet.sources import FoundModel, find_gguf
 
 __all__ = ["GENERATION_CONFIG_NAME", "NEW_TOKENS", "GenerationConfig"]
 
@@ -202,7 +202,7 @@ class GenerationConfig(Options):
         }
         root = locate(pretrained_model_name, (*CONFIG_PATTERNS, name), **where)
         if root.is_file():
-            found = find_gguf(pretrained_model_name, **where) or Found(root)
+            found = find_gguf(pretrained_model_name, **where) or FoundModel(root)
             read = cls(**gguf_options(read_gguf(root).metadata, found))
         elif (path := find_file(root, name)) is None:
             raise ModelNotFoundError(f"{root} has no {name}")

@@ -197,7 +197,7 @@ class Forward:
 
 
 @dataclass(frozen=True, slots=True)
-class Rooms:
+class TokenLimits:
     """The maximum number of new tokens, per row or for all.
 
     Attributes:
@@ -209,7 +209,7 @@ class Rooms:
     fewer: Tensor | None = None
 
     @classmethod
-    def of(cls, most: int, fewer: Tensor | None, copies: int) -> "Rooms":
+    def of(cls, most: int, fewer: Tensor | None, copies: int) -> "TokenLimits":
         """Return the limits of all rows, the copies of a prompt side by side."""
         return cls(most, None if fewer is None else fewer.repeat_interleave(copies))
 
@@ -250,7 +250,7 @@ class Generation:
     text: TokenBuffer
     sampler: Sampler
     stopping: Stopping
-    rooms: Rooms
+    rooms: TokenLimits
     pad: int
     record: Record
     streamer: Streamer | None = None

@@ -8,7 +8,7 @@ from typing import Any
 from quintet.errors import InputError, shown
 from quintet.generation.options import Options
 from quintet.gguf.cursor import Value
-from quintet.sources import Found
+from quintet.sources import FoundModel
 from quintet.tokenization.gguf import end_ids, has_tokenizer, token_id
 
 _SAMPLING = "general.sampling."
@@ -33,7 +33,7 @@ _OF_OLLAMA = {
 }
 
 
-def gguf_options(metadata: Mapping[str, Value], found: Found) -> dict[str, Any]:
+def gguf_options(metadata: Mapping[str, Value], found: FoundModel) -> dict[str, Any]:
     """Return a GGUF file's generation options.
 
     What ends an answer are the file's own end tokens, and control tokens known to be one. How

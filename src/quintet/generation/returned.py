@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from quintet.generation.beams import Found
+from quintet.generation.beams import BeamSearchResult
 from quintet.generation.decode import Generation
 from quintet.generation.outputs import (
     GenerateBeamDecoderOnlyOutput,
@@ -35,7 +35,7 @@ def behind_given(ids: Tensor, prompt: Prompt, copies: int) -> Tensor:
 
 
 def beam_output(
-    run: Generation, prompt: Prompt, found: Found
+    run: Generation, prompt: Prompt, found: BeamSearchResult
 ) -> Tensor | GenerateBeamDecoderOnlyOutput:
     """Return the best rows of a beam search, with the record if requested."""
     copies = len(found.tokens) // len(prompt.given)

@@ -2,14 +2,14 @@
 
 from quintet.gguf.config import config_values
 from quintet.gguf.container import GGUFFile, GGUFTensor, read_gguf, shard_names
-from quintet.gguf.names import Part, release_parts
+from quintet.gguf.names import WeightPart, release_parts
 from quintet.gguf.types import BlockType
 
 __all__ = [
     "BlockType",
     "GGUFFile",
     "GGUFTensor",
-    "Part",
+    "WeightPart",
     "config_values",
     "read_gguf",
     "release_parts",

@@ -6,7 +6,7 @@ from types import MappingProxyType
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class TensorLayout:
     """The values shared by neighbouring weights; see `quintet.ops.blocks`.
 
     Attributes:
@@ -26,20 +26,20 @@ class Layout:
     two_levels: bool = False
 
 
-LAYOUTS: Mapping[str, Layout] = MappingProxyType(
+LAYOUTS: Mapping[str, TensorLayout] = MappingProxyType(
     {
-        "Q4_0": Layout((0,), 4),
-        "Q4_1": Layout((0, 2), 4, offset=True),
-        "Q5_0": Layout((0,), 8),
-        "Q5_1": Layout((0, 2), 8, offset=True),
-        "Q8_0": Layout((0,), 8),
-        "Q2_K": Layout((80, 82), 8, 16, offset=True, two_levels=True),
-        "Q3_K": Layout((108,), 8, 16, two_levels=True),
-        "Q4_K": Layout((0, 2), 4, offset=True, two_levels=True),
-        "Q5_K": Layout((0, 2), 8, offset=True, two_levels=True),
-        "Q6_K": Layout((208,), 8, 16, two_levels=True),
-        "IQ4_NL": Layout((0,), 4, table=True),
-        "IQ4_XS": Layout((0,), 4, table=True, two_levels=True),
+        "Q4_0": TensorLayout((0,), 4),
+        "Q4_1": TensorLayout((0, 2), 4, offset=True),
+        "Q5_0": TensorLayout((0,), 8),
+        "Q5_1": TensorLayout((0, 2), 8, offset=True),
+        "Q8_0": TensorLayout((0,), 8),
+        "Q2_K": TensorLayout((80, 82), 8, 16, offset=True, two_levels=True),
+        "Q3_K": TensorLayout((108,), 8, 16, two_levels=True),
+        "Q4_K": TensorLayout((0, 2), 4, offset=True, two_levels=True),
+        "Q5_K": TensorLayout((0, 2), 8, offset=True, two_levels=True),
+        "Q6_K": TensorLayout((208,), 8, 16, two_levels=True),
+        "IQ4_NL": TensorLayout((0,), 4, table=True),
+        "IQ4_XS": TensorLayout((0,), 4, table=True, two_levels=True),
     }
 )
 """The types that are read, by their names."""

@@ -15,7 +15,7 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class WeightPart:
     """Rows of a tensor under the name they have in a release.
 
     Attributes:
@@ -91,13 +91,13 @@ _BLOCK = re.compile(r"blk\.(?P<layer>\d{1,6})\.(?P<what>.+)\.(?P<leaf>weight|bia
 _EXPERTS = re.compile(r"ffn_(?P<which>gate|up|down|gate_up)_(?P<of>exps|shexp)")
 
 
-def release_parts(file: GGUFFile, architecture: str, values: Mapping[str, Any]) -> list[Part]:
+def release_parts(file: GGUFFile, architecture: str, values: Mapping[str, Any]) -> list[WeightPart]:
     """Return the parts of a file in the order of its data; `values` are those of its config.
 
     Raises:
         CheckpointError: tensors that the architecture has no place for, or that cannot be cut.
     """
-    parts: list[Part] = []
+    parts: list[WeightPart] = []
     unknown: list[str] = []
     for name, tensor in file.tensors.items():
         if name == ROPE_FREQS or _is_made_of_others(name, file):
@@ -124,9 +124,9 @@ def _is_made_of_others(name: str, file: GGUFFile) -> bool:
 
 def _parts(
     name: str, tensor: GGUFTensor, architecture: str, values: Mapping[str, Any]
-) -> Iterator[Part]:
+) -> Iterator[WeightPart]:
     if name in OUTSIDE:
-        yield Part(OUTSIDE[name], tensor, tensor.shape, tensor.start)
+        yield WeightPart(OUTSIDE[name], tensor, tensor.shape, tensor.start)
         return
     if (found := _BLOCK.fullmatch(name)) is None:
         return
@@ -159,22 +159,22 @@ def _parts(
                 f"{tensor.file}: {name} has the shape {list(tensor.shape)}, which is not {heads} "
                 "heads of pairs"
             )
-        yield Part(named, tensor, whole, tensor.start, heads)
+        yield WeightPart(named, tensor, whole, tensor.start, heads)
 
 
-def _whole(name: str, tensor: GGUFTensor) -> Part:
-    return Part(name, tensor, tensor.shape, tensor.start)
+def _whole(name: str, tensor: GGUFTensor) -> WeightPart:
+    return WeightPart(name, tensor, tensor.shape, tensor.start)
 
 
-def _rows(name: str, tensor: GGUFTensor, first: int, shape: Shape) -> Part:
+def _rows(name: str, tensor: GGUFTensor, first: int, shape: Shape) -> WeightPart:
     """Return a part that begins with a row; of a vector, with a number."""
     row_bytes = tensor.nbytes // math.prod(tensor.shape[: max(len(tensor.shape) - 1, 1)])
-    return Part(name, tensor, shape, tensor.start + first * row_bytes)
+    return WeightPart(name, tensor, shape, tensor.start + first * row_bytes)
 
 
 def _queries_keys_values(
     layer: str, leaf: str, tensor: GGUFTensor, values: Mapping[str, Any]
-) -> Iterator[Part]:
+) -> Iterator[WeightPart]:
     """Cut the maps to queries, keys and values, which lie on top of each other, apart."""
     size = values.get("head_dim") or 0
     groups = values["num_key_value_heads"] * size
@@ -193,7 +193,7 @@ def _queries_keys_values(
 
 def _experts(
     layer: str, which: str, group: str, tensor: GGUFTensor, values: Mapping[str, Any]
-) -> Iterator[Part]:
+) -> Iterator[WeightPart]:
     """Split a stack of experts."""
     if group == "shexp":
         shared = "shared_expert" if values["model_type"] == "qwen2_moe" else "shared_experts"

@@ -29,7 +29,7 @@ class AdaptedForward(ABC):
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class AdapterPlace:
     """The adapter of each row, and the layer a forward is in.
 
     Attributes:
@@ -47,7 +47,7 @@ class Place:
     tokens: Tensor | None = None
     copied: bool = False
 
-    def for_rows(self, B: int) -> "Place | None":
+    def for_rows(self, B: int) -> "AdapterPlace | None":
         """Return the place for B rows, or None if the number of rows differs."""
         assert self.rows is not None
         copies, rest = divmod(B, len(self.rows))
@@ -69,18 +69,18 @@ class Place:
 class Places:
     """The place of each thread's forward through a model."""
 
-    now: dict[int, Place] = field(default_factory=dict)
+    now: dict[int, AdapterPlace] = field(default_factory=dict)
 
-    def current(self) -> Place | None:
+    def current(self) -> AdapterPlace | None:
         """Return the place of this thread's forward, or None."""
         return self.now.get(get_ident()) if self.now else None
 
-    def refine(self, place: Place) -> None:
+    def refine(self, place: AdapterPlace) -> None:
         """Narrow the place of this thread's forward until the surrounding `at` ends."""
         self.now[get_ident()] = place
 
     @contextmanager
-    def at(self, place: Place) -> Iterator[None]:
+    def at(self, place: AdapterPlace) -> Iterator[None]:
         """Set the place of this thread's forward inside the context."""
         thread = get_ident()
         before = self.now.get(thread)
@@ -105,7 +105,7 @@ class Placing:
     """A place, and where to set it."""
 
     places: Places
-    place: Place
+    place: AdapterPlace
 
     def at_layer(self, layer: int) -> "Placing":
         """Return it for one layer."""

@@ -12,7 +12,7 @@ from quintet.layers.plain import replaced
 look_up: Callable[[dict[str, Any], str], Any] = dict.get
 
 
-class Snapshot:
+class ModuleSnapshot:
     """The state of modules and everything below them at one moment.
 
     It tells of another module, parameter or buffer in a place, of other memory behind one, of

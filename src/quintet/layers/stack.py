@@ -18,7 +18,7 @@ from quintet.kernels.stack import Stack
 from quintet.layers.context import ForwardContext
 from quintet.layers.norm import RMSNorm
 from quintet.layers.plain import PlainModule, hooked, sums_in, untouched
-from quintet.layers.snapshot import Snapshot
+from quintet.layers.snapshot import ModuleSnapshot
 from quintet.ops.attention import sdpa
 
 
@@ -155,7 +155,7 @@ class FusedRuns:
             for run in runs
             if run.stack is not None
         ]
-        self._snapshot = Snapshot(chain.from_iterable(uncalled))
+        self._snapshot = ModuleSnapshot(chain.from_iterable(uncalled))
 
     def serves(self, layers: tuple[nn.Module, ...], final_norm: nn.Module) -> bool:
         """Return whether these are the same layers, unchanged and unhooked."""

@@ -91,7 +91,7 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-class Load:
+class MachineLoad:
     """Other load on the machine during a measurement, or None if unknown.
 
     Used as a context; `others` and `stolen` are shares of all cores' time.
@@ -102,7 +102,7 @@ class Load:
         self.others: float | None = None
         self.stolen: float | None = None
 
-    def __enter__(self) -> "Load":
+    def __enter__(self) -> "MachineLoad":
         self._before = _processor_times(), self._own()
         return self
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from quintet.adapters.collection import Adapters
 from quintet.cache import Cache
 from quintet.errors import InputError
-from quintet.layers.adapted import Place, Placing
+from quintet.layers.adapted import AdapterPlace, Placing
 from quintet.modeling.core import ModelCore
 from quintet.ops.ragged import Padding
 
@@ -62,7 +62,7 @@ class AdaptedRows(ModelCore):
         if place is not None and place.rows is not None and len(place.rows) != rows:
             raise _other_rows(len(place.rows), rows)
 
-    def place_of_rows(self) -> Place | None:
+    def place_of_rows(self) -> AdapterPlace | None:
         """Return the adapters of this thread's rows, or None if rows have none of their own."""
         place = None if self.adapters is None else self.adapters.places.current()
         return None if place is None or place.rows is None else place
@@ -106,7 +106,7 @@ class AdaptedRows(ModelCore):
         if cache is not None:
             cache.record_adapters(adapters.keys_of(place))
         if place is None or place.tokens is None:
-            return Placing(adapters.places, Place()) if adapters.by_layer else None
+            return Placing(adapters.places, AdapterPlace()) if adapters.by_layer else None
         tokens = place.tokens if rows is None else rows.pack(place.tokens)
         return Placing(adapters.places, replace(place, tokens=tokens))
 

@@ -11,7 +11,7 @@ from quintet.adapters.collection import Adapters
 from quintet.adapters.config import LoraConfig
 from quintet.adapters.files import open_adapter
 from quintet.adapters.forwards import Active
-from quintet.adapters.layout import Layout, layout_of
+from quintet.adapters.layout import ModuleLayout, layout_of
 from quintet.adapters.merging import Merge, merge
 from quintet.adapters.reading import (
     Adaptations,
@@ -368,7 +368,7 @@ class Adapting(AdaptedRows):
         origin = f"was trained on {shown(base)}" if base else "does not say what it was trained on"
         return f"The adapter {origin}; this model is {this_model}"
 
-    def _layout(self) -> Layout:
+    def _layout(self) -> ModuleLayout:
         headless = self.base_model is self
         pairs = ((a.rpartition(".")[0], b.rpartition(".")[0]) for a, b in self.tied_names().items())
         heads = ["score", "qa_outputs", "lm_head"]

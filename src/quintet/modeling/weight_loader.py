@@ -15,7 +15,7 @@ from quintet.modeling.core import ModelCore
 from quintet.modeling.key_mapping import KeyMapping
 from quintet.modeling.progress import progress_bar
 from quintet.parallel.placement import Shard
-from quintet.quantization import Encoded, Slot, read
+from quintet.quantization import EncodedWeight, Slot, read
 
 WHOLE: Mapping[str, Shard] = MappingProxyType({})
 
@@ -70,7 +70,7 @@ class WeightLoader:
         own, place = found
         return own, replace(piece, shape=own.local_shape, place=place)
 
-    def put(self, name: str, piece: Piece, weight: Tensor | Encoded, *, mapped: bool) -> bool:
+    def put(self, name: str, piece: Piece, weight: Tensor | EncodedWeight, *, mapped: bool) -> bool:
         """Put a tensor into the model, and return whether its memory is referenced.
 
         Args:
@@ -89,7 +89,7 @@ class WeightLoader:
         if name in self.slots:
             self.slots[name].take(weight, own.place, device, piece.name, share)
             return False
-        if isinstance(weight, Encoded):
+        if isinstance(weight, EncodedWeight):
             tensor = part = weight.numbers(share, dtype, piece.name)
         else:
             tensor, part = weight, share.of(weight)

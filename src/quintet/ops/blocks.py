@@ -25,7 +25,7 @@ from quintet.ops.groups import IQ4, pack_numbers
 from quintet.ops.quantized import bands
 
 
-class Split(NamedTuple):
+class SplitBlocks(NamedTuple):
     """Decoded integers (N, weights), int8 or table indices, and scales (N, groups)."""
 
     numbers: Tensor
@@ -55,75 +55,75 @@ def _fifth_bits(b: Tensor, offset: int) -> Tensor:
     return (((b[:, offset : offset + 4, None] >> shifts) & 1) << 4).flatten(1).view(torch.int8)
 
 
-def _q8_0(b: Tensor) -> Split:
-    return Split(b[:, 2:].view(torch.int8), _half(b, 0))
+def _q8_0(b: Tensor) -> SplitBlocks:
+    return SplitBlocks(b[:, 2:].view(torch.int8), _half(b, 0))
 
 
-def _q4_0(b: Tensor) -> Split:
-    return Split(_nibbles(b[:, 2:]) - 8, _half(b, 0))
+def _q4_0(b: Tensor) -> SplitBlocks:
+    return SplitBlocks(_nibbles(b[:, 2:]) - 8, _half(b, 0))
 
 
-def _q4_1(b: Tensor) -> Split:
-    return Split(_nibbles(b[:, 4:]), _half(b, 0), _half(b, 2))
+def _q4_1(b: Tensor) -> SplitBlocks:
+    return SplitBlocks(_nibbles(b[:, 4:]), _half(b, 0), _half(b, 2))
 
 
-def _q5_0(b: Tensor) -> Split:
-    return Split((_nibbles(b[:, 6:]) | _fifth_bits(b, 2)) - 16, _half(b, 0))
+def _q5_0(b: Tensor) -> SplitBlocks:
+    return SplitBlocks((_nibbles(b[:, 6:]) | _fifth_bits(b, 2)) - 16, _half(b, 0))
 
 
-def _q5_1(b: Tensor) -> Split:
-    return Split(_nibbles(b[:, 8:]) | _fifth_bits(b, 4), _half(b, 0), _half(b, 2))
+def _q5_1(b: Tensor) -> SplitBlocks:
+    return SplitBlocks(_nibbles(b[:, 8:]) | _fifth_bits(b, 4), _half(b, 0), _half(b, 2))
 
 
-def _iq4_nl(b: Tensor) -> Split:
-    return Split(_nibbles(b[:, 2:]), _half(b, 0))
+def _iq4_nl(b: Tensor) -> SplitBlocks:
+    return SplitBlocks(_nibbles(b[:, 2:]), _half(b, 0))
 
 
-def _iq4_xs(b: Tensor) -> Split:
+def _iq4_xs(b: Tensor) -> SplitBlocks:
     # 4 bits of each scale in a nibble, and 2 more in a word that all share.
     high = _shifts(b[:, 2:4, None], 4, 2).flatten(1)
     low = _shifts(b[:, 4:8, None], 2, 4).flatten(1)
     scale = _half(b, 0) * ((low | (high << 4)) - 32)
-    return Split(_nibbles(torch.unflatten(b[:, 8:], 1, (8, 16))).flatten(1), scale)
+    return SplitBlocks(_nibbles(torch.unflatten(b[:, 8:], 1, (8, 16))).flatten(1), scale)
 
 
-def _q2_k(b: Tensor) -> Split:
+def _q2_k(b: Tensor) -> SplitBlocks:
     numbers = _shifts(torch.unflatten(b[:, 16:80], 1, (2, 32)), 4, 2).flatten(1)
-    return Split(numbers, _half(b, 80) * (b[:, :16] & 15), -(_half(b, 82) * (b[:, :16] >> 4)))
+    return SplitBlocks(numbers, _half(b, 80) * (b[:, :16] & 15), -(_half(b, 82) * (b[:, :16] >> 4)))
 
 
-def _q3_k(b: Tensor) -> Split:
+def _q3_k(b: Tensor) -> SplitBlocks:
     low = _shifts(torch.unflatten(b[:, 32:96], 1, (2, 32)), 4, 2).reshape(-1, 8, 32)
     high = _shifts(b[:, :32], 8, 1)
     sixes = _nibbles(b[:, 96:104]) | (_shifts(b[:, 104:108], 4, 2).flatten(1) << 4)
-    return Split(((low | (high << 2)) - 4).flatten(1), _half(b, 108) * (sixes - 32))
+    return SplitBlocks(((low | (high << 2)) - 4).flatten(1), _half(b, 108) * (sixes - 32))
 
 
-def _levels_of_k(b: Tensor, numbers: Tensor) -> Split:
+def _levels_of_k(b: Tensor, numbers: Tensor) -> SplitBlocks:
     """Apply the eight 6-bit scales and offsets in twelve bytes to numbers."""
     a, c, e = b[:, 4:8], b[:, 8:12], b[:, 12:16]
     scale = torch.cat((a & 63, (e & 15) | ((a >> 6) << 4)), dim=1)
     offset = torch.cat((c & 63, (e >> 4) | ((c >> 6) << 4)), dim=1)
-    return Split(numbers.flatten(1), _half(b, 0) * scale, -(_half(b, 2) * offset))
+    return SplitBlocks(numbers.flatten(1), _half(b, 0) * scale, -(_half(b, 2) * offset))
 
 
-def _q4_k(b: Tensor) -> Split:
+def _q4_k(b: Tensor) -> SplitBlocks:
     return _levels_of_k(b, _shifts(torch.unflatten(b[:, 16:], 1, (4, 32)), 2, 4))
 
 
-def _q5_k(b: Tensor) -> Split:
+def _q5_k(b: Tensor) -> SplitBlocks:
     low = _shifts(torch.unflatten(b[:, 48:], 1, (4, 32)), 2, 4).reshape(-1, 8, 32)
     return _levels_of_k(b, low | (_shifts(b[:, 16:48], 8, 1) << 4))
 
 
-def _q6_k(b: Tensor) -> Split:
+def _q6_k(b: Tensor) -> SplitBlocks:
     low = _shifts(torch.unflatten(b[:, :128], 1, (2, 64)), 2, 4).reshape(-1, 8, 32)
     high = _shifts(torch.unflatten(b[:, 128:192], 1, (2, 32)), 4, 2).reshape(-1, 8, 32)
     scale = _half(b, 208) * b[:, 192:208].view(torch.int8)
-    return Split(((low | (high << 4)) - 32).flatten(1), scale)
+    return SplitBlocks(((low | (high << 4)) - 32).flatten(1), scale)
 
 
-_SPLITS: Mapping[str, Callable[[Tensor], Split]] = MappingProxyType(
+_SPLITS: Mapping[str, Callable[[Tensor], SplitBlocks]] = MappingProxyType(
     {
         "Q4_0": _q4_0,
         "Q4_1": _q4_1,

@@ -15,7 +15,7 @@ from quintet.kernels.causal import LANES, attend_texts, attend_texts_gradient
 from quintet.ops.again import derived, learn
 
 
-class How(NamedTuple):
+class AttentionOptions(NamedTuple):
     """The text lengths and the scale of the scores."""
 
     lengths: tuple[int, ...]
@@ -37,7 +37,7 @@ def attend_learning(
     all rows being texts of `lengths`, by default one a row; returns (B, H, T, V).
     """
     B, _, T, _ = q.shape
-    how = How((T,) * B if lengths is None else tuple(lengths), scale)
+    how = AttentionOptions((T,) * B if lengths is None else tuple(lengths), scale)
     narrow = torch.is_autocast_enabled("cpu")
     dtype = torch.get_autocast_dtype("cpu") if narrow else q.dtype
     flat = (x.to(dtype).transpose(1, 2).flatten(0, 1).contiguous() for x in (q, k, v))
@@ -50,7 +50,7 @@ class _Attention(torch.autograd.Function):
     """Shapes: q (M, H, D), k (M, K, D), v (M, K, V)."""
 
     @staticmethod
-    def forward(ctx: Any, how: How, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(ctx: Any, how: AttentionOptions, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         attended = attend_texts(q, k, v, *how)
         ctx.how = how
         if attended is None:
@@ -72,7 +72,7 @@ class _Attention(torch.autograd.Function):
         return None, *derived(partial(_by_formula, how=ctx.how), (q, k, v), grad, needed)
 
 
-def _by_formula(q: Tensor, k: Tensor, v: Tensor, *, how: How) -> Tensor:
+def _by_formula(q: Tensor, k: Tensor, v: Tensor, *, how: AttentionOptions) -> Tensor:
     groups = q.shape[1] // k.shape[1]
     out = []
     for own in zip(*(torch.split(x, list(how.lengths)) for x in (q, k, v)), strict=True):

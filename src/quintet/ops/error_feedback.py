@@ -19,7 +19,7 @@ DAMPING = 0.01
 Rounding = Callable[[Tensor, int], Tensor]
 
 
-class Spread(NamedTuple):
+class ErrorSpread(NamedTuple):
     """A matrix by which rounding errors are spread.
 
     Attributes:
@@ -32,7 +32,7 @@ class Spread(NamedTuple):
     squares: Tensor
 
 
-def spread_of(gram: Tensor, columns: int) -> Spread:
+def spread_of(gram: Tensor, columns: int) -> ErrorSpread:
     """Return the matrix that spreads errors, of H = `gram` (I, I) filled up to more columns.
 
     Columns that were always zero, and those that fill up, take part in nothing.
@@ -57,11 +57,11 @@ def spread_of(gram: Tensor, columns: int) -> Spread:
             # An inverse of large and small numbers may be rounded to what is none.
             upper, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(upper), upper=True)
         failed, damping = int(info), 10 * damping
-    return Spread(upper, squares)
+    return ErrorSpread(upper, squares)
 
 
 def feed_back(
-    weight: Tensor, group: int, spread: Spread, begin: Callable[[Tensor, Tensor], Rounding]
+    weight: Tensor, group: int, spread: ErrorSpread, begin: Callable[[Tensor, Tensor], Rounding]
 ) -> None:
     """Round a weight (R, I), which this changes, group by group of neighbours.
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from quintet.errors import InputError
-from quintet.ops.error_feedback import Rounding, Spread, feed_back, spread_of
+from quintet.ops.error_feedback import ErrorSpread, Rounding, feed_back, spread_of
 from quintet.ops.groups import IQ4, group_count, number_shape, pack_numbers
 
 # Small enough that a band in float32 stays in the cache between its operations.
@@ -131,7 +131,7 @@ class _Ladder:
             best = _Fit(*(torch.where(better, new, old) for new, old in pairs))
         return best
 
-    def fit_in_turn(self, band: Tensor, size: int, spread: Spread) -> _Fit:
+    def fit_in_turn(self, band: Tensor, size: int, spread: ErrorSpread) -> _Fit:
         """Round rows (R, G · n) group by group, with errors fed back; `band` is changed."""
         fits: list[_Fit] = []
 

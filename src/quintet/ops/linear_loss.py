@@ -50,7 +50,7 @@ class LogitSums(NamedTuple):
         return LogitSums(function(self.log_prob), function(self.log_sum), mean)
 
 
-class Others(Protocol):
+class OtherShards(Protocol):
     """The processes with the other rows of a head."""
 
     @property
@@ -86,7 +86,7 @@ def linear_sums(
     bias: Tensor | None = None,
     *,
     mean: bool = False,
-    others: Others | None = None,
+    others: OtherShards | None = None,
 ) -> LogitSums:
     """Compute what losses need from hidden·Wᵀ + b in tiles.
 
@@ -170,7 +170,7 @@ class _LinearSums(torch.autograd.Function):
         ids: Tensor,
         mean: bool,
         dtype: torch.dtype,
-        others: Others | None,
+        others: OtherShards | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         size = len(weight) if others is None else others.size
         ids = ids if others is None else ids - others.start

@@ -17,7 +17,7 @@ from quintet.ops.again import Rule, keeping_inputs, learn
 from quintet.ops.mamba2 import mix_stepwise
 
 
-class How(NamedTuple):
+class MixOptions(NamedTuple):
     """The options of mixing, without weights; see `MixerWeights`."""
 
     lengths: tuple[int, ...]
@@ -35,7 +35,7 @@ def mix_learning(projected: Tensor, weights: MixerWeights, lengths: Sequence[int
     learned = Learned(*weights[:6])
     if not _suits(learned, weights.num_groups) or not learn(projected, *learned):
         return None
-    how = How(tuple(lengths), weights.num_groups, weights.dt_limits, weights.eps)
+    how = MixOptions(tuple(lengths), weights.num_groups, weights.dt_limits, weights.eps)
     rule = Rule(partial(_stepwise, how), partial(_compute, how), partial(_derive, how))
     return keeping_inputs(rule, projected, *learned)
 
@@ -46,7 +46,7 @@ def _suits(learned: Learned, num_groups: int) -> bool:
     return inner // learned.D.numel() % LANES == 0 and state > 0 and state % LANES == 0
 
 
-def _stepwise(how: How, projected: Tensor, *learned: Tensor | None) -> Tensor:
+def _stepwise(how: MixOptions, projected: Tensor, *learned: Tensor | None) -> Tensor:
     own = Learned(*learned)  # type: ignore[arg-type]
     texts = torch.split(projected[None], list(how.lengths), dim=1)
     weights = MixerWeights(*own, *how[1:])
@@ -54,13 +54,13 @@ def _stepwise(how: How, projected: Tensor, *learned: Tensor | None) -> Tensor:
     return torch.cat(mixed, dim=1)[0]
 
 
-def _compute(how: How, projected: Tensor, *learned: Tensor | None) -> Tensor | None:
+def _compute(how: MixOptions, projected: Tensor, *learned: Tensor | None) -> Tensor | None:
     mixed = mix_texts(projected.float().contiguous(), _wide(learned), **how._asdict())
     return None if mixed is None else mixed.to(projected.dtype)
 
 
 def _derive(
-    how: How, grad: Tensor, projected: Tensor, *learned: Tensor | None
+    how: MixOptions, grad: Tensor, projected: Tensor, *learned: Tensor | None
 ) -> tuple[Tensor | None, ...] | None:
     wide = projected.float().contiguous(), _wide(learned)
     found = mix_texts_gradient(grad.float().contiguous(), *wide, **how._asdict())

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from quintet.errors import InputError
-from quintet.parallel.stages import Decoder, Stages, decoder_of, heads_of
+from quintet.parallel.stages import DecoderStack, Stages, decoder_of, heads_of
 from quintet.parallel.world import World
 
 # Of states that were handed on and may not have left yet.
@@ -24,7 +24,7 @@ UNDERWAY = 8
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
-class Link:
+class StageLink:
     """Receives states from the stage before, and sends them to the next."""
 
     group: dist.ProcessGroup
@@ -73,7 +73,7 @@ class Stage:
 
     indices: tuple[int, ...]
     layers: tuple[range, ...]
-    link: Link
+    link: StageLink
     active: int
     given: bool = False
     incoming: Tensor | None = None
@@ -131,7 +131,7 @@ def leave_out(model: nn.Module, stages: Stages, world: World) -> Stage:
     index, group = world.coordinates["pp"], world.groups["pp"]
     own_stages = stages.of(index)
     around = (None, *stages.processes, None)
-    link = Link(group, around[own_stages[0]], around[own_stages[-1] + 2])
+    link = StageLink(group, around[own_stages[0]], around[own_stages[-1] + 2])
     stage = Stage(own_stages, stages.layers, link, active=own_stages[-1])
     base = decoder_of(model)
     take_away(model, stages.names[index])
@@ -159,7 +159,7 @@ def leave_out(model: nn.Module, stages: Stages, world: World) -> Stage:
 class _Placeholder:
     """In place of an embedding: vectors of the right shape, which no layer here reads."""
 
-    base: Decoder
+    base: DecoderStack
     stage: Stage
 
     def __call__(self, ids: Tensor) -> Tensor:

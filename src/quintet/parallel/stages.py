@@ -28,7 +28,7 @@ class _Config(Protocol):
     vocab_size: int
 
 
-class Decoder(Protocol):
+class DecoderStack(Protocol):
     """Interface of a model without its head."""
 
     config: _Config
@@ -47,7 +47,7 @@ class Decoder(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Cost:
+class LayerCost:
     """The cost of a part of a model.
 
     Attributes:
@@ -58,11 +58,11 @@ class Cost:
     numbers: int
     products: int
 
-    def __add__(self, other: "Cost") -> "Cost":
-        return Cost(self.numbers + other.numbers, self.products + other.products)
+    def __add__(self, other: "LayerCost") -> "LayerCost":
+        return LayerCost(self.numbers + other.numbers, self.products + other.products)
 
 
-def cost_of(module: nn.Module) -> Cost:
+def cost_of(module: nn.Module) -> LayerCost:
     """Count the weights of a part, and those a token passes: of experts, the ones it is sent to.
 
     Adapters are not counted, so that layers are given out alike with them and without.
@@ -75,10 +75,12 @@ def cost_of(module: nn.Module) -> Cost:
             stacked = sum(_numel(one) for one in block.modules() if isinstance(one, ExpertStack))
             idle += stacked - stacked * block.gate.active // block.gate.num_experts
     looked_up = isinstance(module, nn.Embedding)
-    return Cost(numbers, 0 if looked_up else numbers - idle)
+    return LayerCost(numbers, 0 if looked_up else numbers - idle)
 
 
-def split(layers: Sequence[Cost], count: int, before: Cost, after: Cost) -> list[range]:
+def split(
+    layers: Sequence[LayerCost], count: int, before: LayerCost, after: LayerCost
+) -> list[range]:
     """Give `count` stages runs of layers, so that none takes much more memory or time than others.
 
     What is least is the largest share that a stage has, of all weights or of all products,
@@ -93,7 +95,7 @@ def split(layers: Sequence[Cost], count: int, before: Cost, after: Cost) -> list
             f"pp={count} stages of {size} layers: each has at least one; use pp <= {size}"
         )
     total = sum(layers, before + after)
-    sums = [Cost(0, 0)]
+    sums = [LayerCost(0, 0)]
     for one in layers:
         sums.append(sums[-1] + one)
 
@@ -189,7 +191,7 @@ def stages_of(
             "of models that predict tokens; use tp or fsdp"
         )
     costs = [cost_of(layer) for layer in base.layers]
-    head_cost = sum(map(cost_of, heads.values()), Cost(0, 0))
+    head_cost = sum(map(cost_of, heads.values()), LayerCost(0, 0))
     size = count * runs_each
     runs = split(costs[:main], size, cost_of(base.embed_tokens), sum(costs[main:], head_cost))
     processes = owners(count, runs_each, folded=folded, backwards=backwards)
@@ -241,15 +243,15 @@ def names_of_process(stages: Stages | None, world: World | None) -> frozenset[st
     return stages.names[world.coordinates["pp"]]
 
 
-def _base(model: nn.Module) -> tuple[str, Decoder]:
+def _base(model: nn.Module) -> tuple[str, DecoderStack]:
     """Return a model without its head, and how names of that begin."""
     for name, child in model.named_children():
         if "layers" in child._modules:
-            return f"{name}.", cast("Decoder", child)
-    return "", cast("Decoder", model)
+            return f"{name}.", cast("DecoderStack", child)
+    return "", cast("DecoderStack", model)
 
 
-def decoder_of(model: nn.Module) -> Decoder:
+def decoder_of(model: nn.Module) -> DecoderStack:
     """Return a model without its head."""
     return _base(model)[1]
 

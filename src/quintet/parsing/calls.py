@@ -6,7 +6,7 @@ from collections.abc import Callable
 from quintet.parsing.events import CallArguments, CallEnd, CallStart, Event
 from quintet.parsing.format import SEPARATOR, Format
 from quintet.parsing.json_value import JsonValue, Unwrapped
-from quintet.parsing.source import Source, Steps
+from quintet.parsing.source import Steps, TextSource
 
 LONGEST_NAME = 256
 _NAME_ENDS = re.compile(r"[\s`{}\[\]\"<\ud800-\udbff]")
@@ -59,7 +59,7 @@ class _Call:
 
 
 def read_call(
-    source: Source, written: Format, index: int, emit: Callable[[Event], None], *, bare: bool
+    source: TextSource, written: Format, index: int, emit: Callable[[Event], None], *, bare: bool
 ) -> Steps[None]:
     """Read a call behind its marker, through its JSON and code fence.
 
@@ -86,7 +86,7 @@ def read_call(
         yield from source.accept(_FENCE)
 
 
-def _json_call(source: Source, call: _Call) -> Steps[bool]:
+def _json_call(source: TextSource, call: _Call) -> Steps[bool]:
     """Read an object with name and arguments, in any order."""
     fenced = yield from _fence(source)
     yield from _expect(source, "{")
@@ -113,7 +113,7 @@ def _json_call(source: Source, call: _Call) -> Steps[bool]:
     return fenced
 
 
-def _header_call(source: Source, call: _Call, closer: str) -> Steps[bool]:
+def _header_call(source: TextSource, call: _Call, closer: str) -> Steps[bool]:
     """Read the name, behind "function" or alone, then the arguments, in a fence or not."""
     first = yield from _word(source)
     yield from source.skip_space()
@@ -131,7 +131,7 @@ def _header_call(source: Source, call: _Call, closer: str) -> Steps[bool]:
     return fenced
 
 
-def _arguments(source: Source, call: _Call) -> Steps[None]:
+def _arguments(source: TextSource, call: _Call) -> Steps[None]:
     """Read an object, a string that holds one, or null."""
     call.argued = True
     following = yield from source.peek()
@@ -145,7 +145,7 @@ def _arguments(source: Source, call: _Call) -> Steps[None]:
         raise BrokenCallError
 
 
-def _wrapped(source: Source, call: _Call) -> Steps[None]:
+def _wrapped(source: TextSource, call: _Call) -> Steps[None]:
     """Read arguments encoded as a string."""
     value, unwrapped = JsonValue(), Unwrapped()
     outer = JsonValue()
@@ -169,7 +169,7 @@ def _wrapped(source: Source, call: _Call) -> Steps[None]:
         raise BrokenCallError
 
 
-def _value(source: Source, sink: Callable[[str], None]) -> Steps[None]:
+def _value(source: TextSource, sink: Callable[[str], None]) -> Steps[None]:
     """Read a JSON value, passing its text to `sink`."""
     value = JsonValue()
     while True:
@@ -180,7 +180,7 @@ def _value(source: Source, sink: Callable[[str], None]) -> Steps[None]:
             raise BrokenCallError
 
 
-def _string(source: Source) -> Steps[str]:
+def _string(source: TextSource) -> Steps[str]:
     """Read a JSON string and return the text it stands for."""
     if (yield from source.peek()) != '"':
         raise BrokenCallError
@@ -189,7 +189,7 @@ def _string(source: Source) -> Steps[str]:
     return Unwrapped().push(source.marks.plain("".join(pieces)[1:-1]), last=True)
 
 
-def _word(source: Source) -> Steps[str]:
+def _word(source: TextSource) -> Steps[str]:
     """Read an unquoted name, possibly empty."""
     name = ""
     while (letter := (yield from source.peek())) and not _NAME_ENDS.match(letter):
@@ -199,7 +199,7 @@ def _word(source: Source) -> Steps[str]:
     return name
 
 
-def _fence(source: Source) -> Steps[bool]:
+def _fence(source: TextSource) -> Steps[bool]:
     """Read white space and a code fence, if present."""
     if (yield from source.skip_space()) != "`":
         return False
@@ -210,7 +210,7 @@ def _fence(source: Source) -> Steps[bool]:
     return True
 
 
-def _expect(source: Source, letter: str) -> Steps[None]:
+def _expect(source: TextSource, letter: str) -> Steps[None]:
     if (yield from source.skip_space()) != letter:
         raise BrokenCallError
     source.take(source.at + 1)

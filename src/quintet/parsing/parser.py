@@ -8,7 +8,7 @@ from quintet.parsing.calls import BrokenCallError, read_call
 from quintet.parsing.events import CallEnd, CallStart, Content, Event, Reasoning
 from quintet.parsing.format import END_THINK, THINK, Format
 from quintet.parsing.marks import Marks
-from quintet.parsing.source import Source, Steps
+from quintet.parsing.source import Steps, TextSource
 
 # Where a text begins: inside of the reasoning, behind it, or its first words will tell.
 Opening = Literal["reasoning", "content", "unknown"]
@@ -34,7 +34,7 @@ class StreamParser:
         self, tokens: Mapping[str, int], written: Format | None, opening: Opening, parallel: bool
     ) -> None:
         self._marks = Marks(tokens)
-        self._source = Source(self._marks)
+        self._source = TextSource(self._marks)
         self._written = written
         self._opening: Opening = opening
         self._parallel = parallel

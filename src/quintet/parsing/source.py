@@ -13,7 +13,7 @@ Steps = Generator[None, None, _Result]
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
-class Source:
+class TextSource:
     """Text that has arrived and was not read."""
 
     def __init__(self, marks: Marks) -> None:

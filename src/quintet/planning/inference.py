@@ -21,7 +21,7 @@ from quintet.models.deepseek_v3 import DeepseekV3Config
 from quintet.models.zamba2 import Zamba2Config
 from quintet.planning.caches import cache_layers, draft_bytes, token_bytes
 from quintet.planning.communication import Network
-from quintet.planning.shares import Model, Stage
+from quintet.planning.shares import PlannedModel, StageShare
 from quintet.planning.world import Split, World
 
 # Bytes of an exchanged number, there and back.
@@ -130,7 +130,7 @@ class Pace:
         return max(self.least, key=lambda cause: self.least[cause])
 
 
-def footprint(model: Model, split: Split, work: Workload) -> Footprint:
+def footprint(model: PlannedModel, split: Split, work: Workload) -> Footprint:
     """Return the memory of the device that needs the most.
 
     Raises:
@@ -159,7 +159,7 @@ def footprint(model: Model, split: Split, work: Workload) -> Footprint:
     return max(found, key=lambda one: one.total)
 
 
-def decode(model: Model, split: Split, work: Workload, network: Network) -> Pace:
+def decode(model: PlannedModel, split: Split, work: Workload, network: Network) -> Pace:
     """Estimate decoding, each row at the end of its context."""
     rows = work.rows_of(split)
     parts = min(split.pp, rows)
@@ -178,7 +178,7 @@ def decode(model: Model, split: Split, work: Workload, network: Network) -> Pace
     return Pace(float(work.rows), _times(expected, split.pp), _times(least, split.pp))
 
 
-def prefill(model: Model, split: Split, work: Workload, network: Network) -> Pace:
+def prefill(model: PlannedModel, split: Split, work: Workload, network: Network) -> Pace:
     """Estimate prefill, one piece after the other per group."""
     tokens = min(work.step_tokens, work.context * work.rows_of(split))
     step = _Step(model, split, work, network, tokens, work.context / 2, absorbed=False)
@@ -188,7 +188,7 @@ def prefill(model: Model, split: Split, work: Workload, network: Network) -> Pac
     return Pace(float(groups * tokens), expected, least)
 
 
-def moved(model: Model, split: Split, work: Workload) -> float:
+def moved(model: PlannedModel, split: Split, work: Workload) -> float:
     """Return the bytes that pass through a device in a layer on average, for each token."""
     t, p, width = split.tp, split.ep, model.config.hidden_size
     layers = model.config.num_hidden_layers
@@ -207,7 +207,7 @@ Costs = tuple[Mapping[str, float], Mapping[str, float]]
 class _Step:
     """A step of one group: `tokens` at once, each of which sees `seen`."""
 
-    model: Model
+    model: PlannedModel
     split: Split
     work: Workload
     network: Network
@@ -215,7 +215,7 @@ class _Step:
     seen: float
     absorbed: bool
 
-    def costs(self, stage: Stage, cached: float, logits: int) -> Costs:
+    def costs(self, stage: StageShare, cached: float, logits: int) -> Costs:
         """Return the seconds of a stage by their causes: expected, and at the least."""
         device = self.network.device
         memory = self._read(stage) / device.bandwidth
@@ -232,7 +232,7 @@ class _Step:
         del shared["weights"], shared["cache"]
         return expected, {**shared, "memory": memory + cache, "products": products}
 
-    def _read(self, stage: Stage) -> float:
+    def _read(self, stage: StageShare) -> float:
         return stage.share.read + stage.share.routed_read * self.model.hit(self._met())
 
     def _met(self) -> float:
@@ -240,7 +240,7 @@ class _Step:
         groups = self.split.ep // self.split.tp if self.split.exchanges else 1
         return self.tokens * groups
 
-    def _products(self, stage: Stage) -> float:
+    def _products(self, stage: StageShare) -> float:
         """Return the seconds of products at a device's peak."""
         device, model, share = self.network.device, self.model, stage.share
         chosen = model.active / model.experts if model.experts else 0.0
@@ -267,7 +267,7 @@ class _Step:
             )
         return attention_flops(config, self.seen)
 
-    def _sums(self, stage: Stage, logits: int) -> float:
+    def _sums(self, stage: StageShare, logits: int) -> float:
         t, config = self.split.tp, self.model.config
         if t == 1:
             return 0.0
@@ -284,14 +284,14 @@ class _Step:
             seconds += self.network.gather(logits * config.vocab_size * 4, t)
         return seconds
 
-    def _exchange(self, stage: Stage) -> float:
+    def _exchange(self, stage: StageShare) -> float:
         if not self.split.exchanges:
             return 0.0
         own = self.tokens / self.split.tp
         sent = own * self.model.active * self.model.config.hidden_size * EXCHANGED
         return self._routed_layers(stage) * self.network.exchange(sent, self.split.ep)
 
-    def _routed_layers(self, stage: Stage) -> int:
+    def _routed_layers(self, stage: StageShare) -> int:
         return sum(layer in self.model.routed_layers for layer in stage.layers)
 
     def _send(self) -> float:

@@ -18,7 +18,7 @@ from quintet.planning.inference import (
     footprint,
     prefill,
 )
-from quintet.planning.shares import Model
+from quintet.planning.shares import PlannedModel
 from quintet.planning.training import Training, TrainingFootprint, step, training_footprint
 from quintet.planning.weights import Tensors, on_meta, quantization_on, weights_of
 from quintet.planning.world import Limits, Split, World, splits
@@ -89,7 +89,7 @@ class Plan(Generic[AnyChoice]):
         remedies: what would fit where nothing does, in words of the command line.
     """
 
-    model: Model
+    model: PlannedModel
     quantized: QuantizationConfig | None
     world: World
     device: Device
@@ -127,7 +127,7 @@ def described(
     quantize: str | None = None,
     tensors: Tensors | None = None,
     redundant: int = 0,
-) -> tuple[Model, QuantizationConfig | None]:
+) -> tuple[PlannedModel, QuantizationConfig | None]:
     """Return a model as it would be held on a device, from its config.
 
     Args:
@@ -141,7 +141,7 @@ def described(
     request = quantization_on(config, quantize, device)
     as_files = tensors if quantize is None else None
     weights = weights_of(on_meta(config, dtype), request, as_files)
-    return Model(config, weights, redundant), request.target
+    return PlannedModel(config, weights, redundant), request.target
 
 
 def plan_inference(
@@ -173,12 +173,12 @@ def plan_inference(
         InputError: no split is one of those that `limits` allows, or the model cannot be split so.
     """
 
-    def model_in(form: str | None) -> tuple[Model, QuantizationConfig | None]:
+    def model_in(form: str | None) -> tuple[PlannedModel, QuantizationConfig | None]:
         return described(
             config, device, dtype=dtype, quantize=form, tensors=tensors, redundant=redundant
         )
 
-    def tried(model: Model, world: World, work: Workload) -> _Tried[Choice]:
+    def tried(model: PlannedModel, world: World, work: Workload) -> _Tried[Choice]:
         network = Network(world, device)
 
         def choose(split: Split) -> Choice:
@@ -295,7 +295,7 @@ def _try(
 
 
 def _plan(
-    model: Model,
+    model: PlannedModel,
     stored: QuantizationConfig | None,
     world: World,
     device: Device,
@@ -310,7 +310,9 @@ def _plan(
     return Plan(model, stored, world, device, fit, nearest, tried.misfits, remedies_found)
 
 
-def _choice(model: Model, split: Split, device: Device, work: Workload, network: Network) -> Choice:
+def _choice(
+    model: PlannedModel, split: Split, device: Device, work: Workload, network: Network
+) -> Choice:
     memory = footprint(model, split, work)
     left = device.room - memory.weights - memory.working
     rows = memory.rows_in(left, work.context) * split.groups

@@ -63,7 +63,7 @@ class Share:
 
 
 @dataclass(frozen=True, slots=True)
-class Stage:
+class StageShare:
     """The share of a device of one stage.
 
     Attributes:
@@ -77,7 +77,7 @@ class Stage:
     largest: int
 
 
-class Model:
+class PlannedModel:
     """A model that plans are made of: its weights, and sums over them for each split.
 
     Args:
@@ -140,7 +140,7 @@ class Model:
             return 0.0
         return float(1 - (1 - min(self.active / self.experts, 1.0)) ** tokens)
 
-    def stages(self, split: Split) -> Sequence[Stage]:
+    def stages(self, split: Split) -> Sequence[StageShare]:
         """Return the shares of the devices of each stage.
 
         Raises:
@@ -175,7 +175,7 @@ class Model:
         found: Found = self._known[key]
         return found
 
-    def _staged(self, split: Split) -> Sequence[Stage]:
+    def _staged(self, split: Split) -> Sequence[StageShare]:
         count = self.config.num_hidden_layers
         if split.pp > count:
             raise InputError(f"num_hidden_layers={count} are fewer than pp={split.pp} stages")
@@ -192,7 +192,7 @@ class Model:
 
     def _stage(
         self, layers: range, shares: Mapping[Place, Share], *, before: bool, last: bool
-    ) -> Stage:
+    ) -> StageShare:
         share, experts_of_layer = Share(), dict.fromkeys(layers, 0)
         for place, part in shares.items():
             own = [layer for layer in place if layer in experts_of_layer]
@@ -206,7 +206,7 @@ class Model:
             share.add(shares[_BEFORE], 1.0 if last else 0.0)
         if last:
             share.add(shares[_BEHIND])
-        return Stage(layers, share, max(experts_of_layer.values()))
+        return StageShare(layers, share, max(experts_of_layer.values()))
 
     def _local(self, split: Split) -> dict[Place, Share]:
         return self.remembered(("shares", split.tp, split.ep), lambda: self._summed(split))

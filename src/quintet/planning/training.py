@@ -22,7 +22,7 @@ from quintet.measurement.flops import attention_flops
 from quintet.planning.activations import expert_numbers, numbers_per_map, numbers_per_scan
 from quintet.planning.communication import Network
 from quintet.planning.inference import EXCHANGED, Pace, sums_of
-from quintet.planning.shares import Model, Stage
+from quintet.planning.shares import PlannedModel, StageShare
 from quintet.planning.weights import EMBEDDING, ROUTED
 from quintet.planning.world import Split
 
@@ -119,7 +119,7 @@ class TrainingFootprint:
         return states + self.copies + self.activations + self.logits
 
 
-def training_footprint(model: Model, split: Split, work: Training) -> TrainingFootprint:
+def training_footprint(model: PlannedModel, split: Split, work: Training) -> TrainingFootprint:
     """Return the memory of the device that needs the most.
 
     Raises:
@@ -146,7 +146,7 @@ def training_footprint(model: Model, split: Split, work: Training) -> TrainingFo
     return max(found, key=lambda one: one.total)
 
 
-def _optimizer(stage: Stage, split: Split, work: Training) -> float:
+def _optimizer(stage: StageShare, split: Split, work: Training) -> float:
     size = 0.0
     for kind, count in stage.share.counts.items():
         matrices = work.optimizer == "muon" and kind != EMBEDDING
@@ -155,7 +155,7 @@ def _optimizer(stage: Stage, split: Split, work: Training) -> float:
     return size
 
 
-def _copies(stage: Stage, split: Split, work: Training) -> int:
+def _copies(stage: StageShare, split: Split, work: Training) -> int:
     whole = stage.share.others + stage.share.routed
     if split.fsdp == 1 and split.expert_fsdp == 1:
         return whole * work.itemsize if work.itemsize < MASTER else 0
@@ -167,7 +167,7 @@ def _copies(stage: Stage, split: Split, work: Training) -> int:
     return (layers + outside) * work.itemsize + (stage.largest + outside) * work.itemsize
 
 
-def _activations(model: Model, stage: Stage, split: Split, work: Training) -> int:
+def _activations(model: PlannedModel, stage: StageShare, split: Split, work: Training) -> int:
     tokens, width = work.tokens(split), model.config.hidden_size
     all_layers = model.remembered(
         ("kept", split.tp, split.ep, work.kernels, work.sequence_parallel),
@@ -183,7 +183,7 @@ def _activations(model: Model, stage: Stage, split: Split, work: Training) -> in
     return round(tokens * (stored * work.itemsize + around * 4))
 
 
-def _numbers(model: Model, layer: int, split: Split, work: Training) -> float:
+def _numbers(model: PlannedModel, layer: int, split: Split, work: Training) -> float:
     """Return the numbers kept per token in a layer on a device."""
     stored = 0.0
     for weight in model.of_layer(layer):
@@ -204,12 +204,12 @@ def _numbers(model: Model, layer: int, split: Split, work: Training) -> float:
     return stored
 
 
-def _logits(model: Model, split: Split, work: Training) -> int:
+def _logits(model: PlannedModel, split: Split, work: Training) -> int:
     vocabulary = -(-model.config.vocab_size // split.tp)
     return 2 * 4 * min(work.tokens(split) * vocabulary, max(LOGITS, vocabulary))
 
 
-def step(model: Model, split: Split, work: Training, network: Network) -> Pace:
+def step(model: PlannedModel, split: Split, work: Training, network: Network) -> Pace:
     """Estimate a step, in tokens of all groups."""
     device, tokens, parts = network.device, work.tokens(split), work.parts(split)
     expected: dict[str, float] = {}
@@ -234,7 +234,7 @@ def step(model: Model, split: Split, work: Training, network: Network) -> Pace:
     return Pace(float(done), expected, least)
 
 
-def _products(model: Model, stage: Stage, split: Split, work: Training) -> float:
+def _products(model: PlannedModel, stage: StageShare, split: Split, work: Training) -> float:
     """Return the operations of a token on one device."""
     share, config = stage.share, model.config
     groups = split.ep / split.tp if split.exchanges else 1.0
@@ -245,7 +245,9 @@ def _products(model: Model, stage: Stage, split: Split, work: Training) -> float
     return (2 * weights + beside) * (4 if work.recompute else 3)
 
 
-def _sums(model: Model, stage: Stage, split: Split, work: Training, network: Network) -> float:
+def _sums(
+    model: PlannedModel, stage: StageShare, split: Split, work: Training, network: Network
+) -> float:
     if split.tp == 1:
         return 0.0
     states = work.tokens(split) * model.config.hidden_size * work.itemsize
@@ -254,7 +256,9 @@ def _sums(model: Model, stage: Stage, split: Split, work: Training, network: Net
     return count * network.all_reduce(states, split.tp) * (3 if work.recompute else 2)
 
 
-def _exchange(model: Model, stage: Stage, split: Split, work: Training, network: Network) -> float:
+def _exchange(
+    model: PlannedModel, stage: StageShare, split: Split, work: Training, network: Network
+) -> float:
     if not split.exchanges:
         return 0.0
     own = work.tokens(split) / split.tp
@@ -263,7 +267,7 @@ def _exchange(model: Model, stage: Stage, split: Split, work: Training, network:
     return layers * network.exchange(sent, split.ep) * (3 if work.recompute else 2)
 
 
-def _gathers(stage: Stage, split: Split, work: Training, network: Network) -> float:
+def _gathers(stage: StageShare, split: Split, work: Training, network: Network) -> float:
     """Return the seconds of gathering parameters and scattering gradients."""
     seconds = 0.0
     stride = split.tp

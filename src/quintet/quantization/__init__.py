@@ -1,6 +1,6 @@
 """Quantised weights: which modules, which format, and their layout on disk."""
 
-from quintet.quantization.apply import Encoded, Slot, apply, cut, freeze, part_state, tie
+from quintet.quantization.apply import EncodedWeight, Slot, apply, cut, freeze, part_state, tie
 from quintet.quantization.config import (
     BitsAndBytesConfig,
     FineGrainedFP8Config,
@@ -26,7 +26,7 @@ from quintet.quantization.words import PackedConfig
 
 __all__ = [
     "BitsAndBytesConfig",
-    "Encoded",
+    "EncodedWeight",
     "FineGrainedFP8Config",
     "GroupFormat",
     "Int4Config",

@@ -24,7 +24,7 @@ STACKS = ("gate_up_proj", "down_proj")
 
 
 @dataclass(frozen=True, slots=True)
-class Encoded:
+class EncodedWeight:
     """A matrix (O, I), or a stack (E, O, I), encoded in a format."""
 
     format: WeightFormat
@@ -35,12 +35,12 @@ class Encoded:
         """Return the decoded numbers."""
         return self.format.decode(self.parts, self.shape, dtype)
 
-    def slice(self, expert: int) -> "Encoded":
+    def slice(self, expert: int) -> "EncodedWeight":
         """Return one matrix of a stack."""
         parts = {suffix: part[expert] for suffix, part in self.parts.items()}
-        return Encoded(self.format, parts, self.shape[1:])
+        return EncodedWeight(self.format, parts, self.shape[1:])
 
-    def part(self, shard: Shard) -> "Encoded | None":
+    def part(self, shard: Shard) -> "EncodedWeight | None":
         """Return a process's shard, or None if that would cut a block."""
         if shard.whole:
             return self
@@ -48,7 +48,7 @@ class Encoded:
         if shards is None:
             return None
         parts = {suffix: shards[suffix].of(part) for suffix, part in self.parts.items()}
-        return Encoded(self.format, parts, shard.local_shape)
+        return EncodedWeight(self.format, parts, shard.local_shape)
 
     def numbers(self, shard: Shard, dtype: torch.dtype, source: str) -> Tensor:
         """Decode a process's shard; `source` names it in errors."""
@@ -57,13 +57,15 @@ class Encoded:
             return own.checked(source).decode(dtype)
         return shard.of(self.checked(source).decode(dtype))
 
-    def checked(self, source: str) -> "Encoded":
+    def checked(self, source: str) -> "EncodedWeight":
         """Return it if it can be decoded.
 
         Raises:
             CheckpointError: it is damaged.
         """
-        return Encoded(self.format, self.format.checked(source, self.parts, self.shape), self.shape)
+        return EncodedWeight(
+            self.format, self.format.checked(source, self.parts, self.shape), self.shape
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +77,7 @@ class Slot:
 
     def take(
         self,
-        weight: Tensor | Encoded,
+        weight: Tensor | EncodedWeight,
         place: tuple[int, slice] | None,
         device: torch.device,
         source: str,
@@ -102,7 +104,12 @@ class Slot:
                 self._take_expert(weight, expert, device, source, shard)
 
     def _take_expert(
-        self, weight: Tensor | Encoded, expert: int, device: torch.device, source: str, shard: Shard
+        self,
+        weight: Tensor | EncodedWeight,
+        expert: int,
+        device: torch.device,
+        source: str,
+        shard: Shard,
     ) -> None:
         _, rows, columns = shard.shape
         count = self.module.matrices[self.name][1][1]
@@ -119,7 +126,7 @@ class Slot:
 
     def _put(
         self,
-        weight: Tensor | Encoded,
+        weight: Tensor | EncodedWeight,
         place: tuple[int, int] | None,
         device: torch.device,
         source: str,
@@ -132,13 +139,13 @@ class Slot:
         self.module.put(self.name, parts, place, device)
 
     def _shard_of(
-        self, weight: Tensor | Encoded, source: str, device: torch.device, shard: Shard
+        self, weight: Tensor | EncodedWeight, source: str, device: torch.device, shard: Shard
     ) -> Parts:
         """Return a shard of a matrix in encoded form."""
         ours = self.module.formats[self.name]
         if shard.whole:
             return self.encoded(weight, source, device)
-        if isinstance(weight, Encoded):
+        if isinstance(weight, EncodedWeight):
             own = weight.part(shard)
             if own is not None and ours.alone(shard):
                 return self.encoded(own, source, device)
@@ -150,13 +157,13 @@ class Slot:
                 return self.encoded(weight.numbers(shard, torch.float32, source), source, device)
         elif ours.alone(shard):
             return self.encoded(shard.of(weight), source, device)
-        whole = Encoded(ours, self.encoded(weight, source, device), shard.shape)
+        whole = EncodedWeight(ours, self.encoded(weight, source, device), shard.shape)
         part = whole.part(shard)
         assert part is not None, f"{source} cannot be cut"
         return part.parts
 
     def encoded(
-        self, weight: Tensor | Encoded, source: str, device: torch.device | None = None
+        self, weight: Tensor | EncodedWeight, source: str, device: torch.device | None = None
     ) -> Parts:
         """Encode one matrix in this slot's format.
 
@@ -164,21 +171,23 @@ class Slot:
             CheckpointError: it has numbers that are not finite.
         """
         ours = self.module.formats[self.name]
-        if isinstance(weight, Encoded):
+        if isinstance(weight, EncodedWeight):
             weight = weight.checked(source)
             same = weight.format.recast(weight.parts, weight.shape, ours)
             if same is not None:
                 return same
         # As exact as the source: rounding to a dtype in between would be one loss more.
         try:
-            if isinstance(weight, Encoded):
+            if isinstance(weight, EncodedWeight):
                 return _encoded_again(weight, ours, device)
             return ours.encode(weight.to(device or weight.device))
         except InputError as error:
             raise CheckpointError(f"{source}: {error}") from error
 
 
-def _encoded_again(weight: Encoded, target: WeightFormat, device: torch.device | None) -> Parts:
+def _encoded_again(
+    weight: EncodedWeight, target: WeightFormat, device: torch.device | None
+) -> Parts:
     """Re-encode a matrix in another format, via float32."""
     (rows, columns), source = weight.shape, weight.parts[""]
     specs = target.parts(weight.shape)
@@ -313,14 +322,14 @@ def tie(alias: nn.Module, source: nn.Module) -> bool:
     return True
 
 
-def cut(weight: Tensor | Encoded, shape: Shape, P: int) -> list[Tensor | Encoded]:
+def cut(weight: Tensor | EncodedWeight, shape: Shape, P: int) -> list[Tensor | EncodedWeight]:
     """Split a matrix (P · O, I) into P matrices."""
     if isinstance(weight, Tensor):
         return list(torch.split(weight, shape[0]))
     if weight.format.cuts(shape[0]):
         halves = {suffix: part.chunk(P) for suffix, part in weight.parts.items()}
         return [
-            Encoded(weight.format, {suffix: halves[suffix][i] for suffix in halves}, shape)
+            EncodedWeight(weight.format, {suffix: halves[suffix][i] for suffix in halves}, shape)
             for i in range(P)
         ]
     # Blocks reach over the border between two of them.

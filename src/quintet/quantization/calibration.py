@@ -40,7 +40,7 @@ class Runs(Protocol):
         ...
 
 
-class Place(NamedTuple):
+class MatrixPlace(NamedTuple):
     """A matrix of a model: by its weight's name, of a stack by its expert."""
 
     name: str
@@ -68,14 +68,14 @@ class _Matrix:
     format: WeightFormat
 
     @property
-    def place(self) -> Place:
+    def place(self) -> MatrixPlace:
         """Its first name."""
-        return Place(self.names[0], self.expert)
+        return MatrixPlace(self.names[0], self.expert)
 
 
 def rounded(
     model: Runs, slots: Mapping[str, Slot], batches: Sequence[Tensor]
-) -> Iterator[tuple[Place, list[Parts]]]:
+) -> Iterator[tuple[MatrixPlace, list[Parts]]]:
     """Yield each matrix in the format of its slot; a stack's in the parts of its slot.
 
     What no token of the text came to (an expert, layers of multi-token prediction) and embeddings
@@ -110,7 +110,7 @@ def rounded(
             if gram is not None:
                 parts = _rounded(one, gram)
                 for name in one.names:
-                    yield Place(name, one.expert), parts
+                    yield MatrixPlace(name, one.expert), parts
 
 
 def _rounded(one: _Matrix, gram: Tensor) -> list[Parts]:
@@ -183,8 +183,8 @@ class _Grams:
     """
 
     def __init__(self, matrices: Sequence[_Matrix]) -> None:
-        self.found: dict[Place, Tensor] = {}
-        self._by_module: dict[nn.Module, list[Place]] = {}
+        self.found: dict[MatrixPlace, Tensor] = {}
+        self._by_module: dict[nn.Module, list[MatrixPlace]] = {}
         for one in matrices:
             self._by_module.setdefault(one.module, []).append(one.place)
         # How often modules are called in a forward is seen in the first.
@@ -226,7 +226,7 @@ class _Grams:
                 self._add(place, own)
         self._called()
 
-    def _add(self, place: Place, x: Tensor) -> None:
+    def _add(self, place: MatrixPlace, x: Tensor) -> None:
         x = x.to(torch.float32)
         gram = self.found.get(place)
         if gram is None:

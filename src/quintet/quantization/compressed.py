@@ -40,7 +40,7 @@ MOST_GROUPS, MOST_TARGETS = 1000, 100_000
 
 
 @dataclass(frozen=True, slots=True)
-class Weights:
+class WeightSettings:
     """The quantisation of a group of modules, from `config_groups`.
 
     Attributes:
@@ -154,7 +154,7 @@ class CompressedTensorsConfig(FileConfig):
     def idle(self, name: str) -> bool:
         return name.endswith(IDLE)
 
-    def _weights(self, path: str) -> Weights:
+    def _weights(self, path: str) -> WeightSettings:
         """Return a module's group: by its name, else by its class."""
         by_class = None
         other = "Linear" if path.endswith("embed_tokens") else "Embedding"
@@ -175,7 +175,7 @@ class CompressedTensorsConfig(FileConfig):
 
     def _read(
         self, name: Any, group: Any
-    ) -> tuple[tuple[str | re.Pattern[str], ...], Weights | None]:
+    ) -> tuple[tuple[str | re.Pattern[str], ...], WeightSettings | None]:
         if not isinstance(group, Mapping):
             raise ConfigError(
                 f"quantization_config: config_groups[{shown(name)}] has to be a mapping"
@@ -207,7 +207,7 @@ def _target(text: str) -> str | re.Pattern[str]:
     return re.compile(text[3:])
 
 
-def _read(given: Any) -> Weights:
+def _read(given: Any) -> WeightSettings:
     if not isinstance(given, Mapping):
         raise ConfigError(f"quantization_config: weights={shown(given)} has to be a mapping")
     bits, kind, size = given.get("num_bits", 8), given.get("type", "int"), given.get("group_size")
@@ -228,7 +228,7 @@ def _read(given: Any) -> Weights:
     for wrong, missing in ((grouped, "group_size"), (strategy == "block", "block_structure")):
         if wrong and given.get(missing) in (None, -1):
             raise ConfigError(f"quantization_config: strategy={strategy!r} needs a {missing}")
-    return Weights(
+    return WeightSettings(
         bits=bits,
         integers=kind == "int",
         symmetric=symmetric,
@@ -244,7 +244,7 @@ def _is_block(structure: Any) -> bool:
     return sizes and all(type(n) is int and 0 < n <= FP8_ROWS[1] for n in structure)
 
 
-def _block(one: Weights) -> tuple[int, int]:
+def _block(one: WeightSettings) -> tuple[int, int]:
     if one.block is not None:
         return one.block
     return FP8_ROWS if one.group is None else (1, min(one.group, FP8_ROWS[1]))

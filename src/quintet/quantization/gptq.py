@@ -33,7 +33,7 @@ class ZeroPointWarning(UserWarning):
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class PackedLayout:
     """The quantisation of a matrix; `dynamic` overrides it per module."""
 
     bits: int
@@ -210,8 +210,10 @@ class GPTQConfig(FileConfig):
             doubtful=self._doubtful,
         )
 
-    def _layout(self, path: str) -> Layout:
-        usual = Layout(self.bits, group_or_all(self.group_size), self.sym, bool(self.desc_act))
+    def _layout(self, path: str) -> PackedLayout:
+        usual = PackedLayout(
+            self.bits, group_or_all(self.group_size), self.sym, bool(self.desc_act)
+        )
         for pattern, changes in self._rules:
             if pattern.match(path):
                 return replace(usual, **changes)
@@ -297,7 +299,7 @@ def _changes(given: Mapping[str, Any]) -> dict[str, Any]:
     return changes
 
 
-def _padded(shape: Shape, one: Layout, words: Shape | None) -> tuple[int, int]:
+def _padded(shape: Shape, one: PackedLayout, words: Shape | None) -> tuple[int, int]:
     """Return the file's padded rows and columns if it is padding, else the expected ones."""
     (rows, columns), per_word = shape, WORD // one.bits
     filled = filled_up(rows, per_word), filled_up(columns, per_word)

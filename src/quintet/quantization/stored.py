@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from quintet.checkpoint import StackExperts, TensorInfo, Weights, pieces
-from quintet.quantization.apply import Encoded, part_state
+from quintet.quantization.apply import EncodedWeight, part_state
 from quintet.quantization.config import QuantizationConfig
 from quintet.quantization.formats import Shape, WeightFormat
 
@@ -51,7 +51,9 @@ def stored(
     return result
 
 
-def read(weights: Weights, wanted: Mapping[str, Stored]) -> Iterator[tuple[str, Tensor | Encoded]]:
+def read(
+    weights: Weights, wanted: Mapping[str, Stored]
+) -> Iterator[tuple[str, Tensor | EncodedWeight]]:
     """Read tensors; quantised ones with all their parts.
 
     Scales are taken first, as views of the mapped files, so that no weight has to wait for its own.
@@ -74,7 +76,7 @@ def read(weights: Weights, wanted: Mapping[str, Stored]) -> Iterator[tuple[str, 
             yield name, tensor
         else:
             parts = one.format.unpack(name, {"": tensor, **found.pop(name, {})}, one.shape)
-            yield name, Encoded(one.format, parts, one.shape)
+            yield name, EncodedWeight(one.format, parts, one.shape)
 
 
 def packed(

@@ -12,7 +12,7 @@ from quintet.server.questions import AnswerEvent, Finish, Prompted, Start, Token
 Wire = dict[str, Any]
 
 
-class Writer(Protocol):
+class EventWriter(Protocol):
     """Builds an answer and its events."""
 
     def begin(self) -> list[Wire]:
@@ -29,7 +29,7 @@ class Writer(Protocol):
 
 
 async def written(
-    events: AsyncGenerator[AnswerEvent, None], writer: Writer
+    events: AsyncGenerator[AnswerEvent, None], writer: EventWriter
 ) -> AsyncGenerator[ServerEvent, None]:
     """Yield the events of an answer with their types."""
     for event in writer.begin():
@@ -40,7 +40,7 @@ async def written(
                 yield named(event)
 
 
-async def finished(events: AsyncGenerator[AnswerEvent, None], writer: Writer) -> None:
+async def finished(events: AsyncGenerator[AnswerEvent, None], writer: EventWriter) -> None:
     """Build a whole answer with a writer."""
     async with aclosing(events):
         async for one in events:
@@ -53,7 +53,7 @@ def named(event: Mapping[str, Any]) -> ServerEvent:
     return ServerEvent(data, event["type"])
 
 
-def _taken(answer_event: AnswerEvent, writer: Writer) -> list[Wire]:
+def _taken(answer_event: AnswerEvent, writer: EventWriter) -> list[Wire]:
     match answer_event.event:
         case Finish():
             return writer.finish(answer_event.event)

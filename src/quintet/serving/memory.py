@@ -14,7 +14,7 @@ from quintet.ops.device_memory import free_memory
 from quintet.serving.checks import check_count
 from quintet.serving.limits import Limits
 from quintet.serving.options import Speculation, check_speculation
-from quintet.serving.scheduler import Cost
+from quintet.serving.scheduler import RowCost
 
 # Of the memory there is, what rows and what was read before may take together, and the most of the
 # latter.
@@ -49,7 +49,7 @@ class Room:
     @property
     def whole(self) -> int:
         """The bytes of all full rows, at most the limit."""
-        full = self.rows * Cost(self.row, self.token).of(self.capacity)
+        full = self.rows * RowCost(self.row, self.token).of(self.capacity)
         return full if self.memory is None else min(full, self.memory)
 
     @property
@@ -61,7 +61,7 @@ class Room:
         return min(most, max(self.memory - self.rows * self.row, 0) // self.token)
 
 
-def room_of(model: Served, limits: Limits, cost: Cost | None = None) -> Room:
+def room_of(model: Served, limits: Limits, cost: RowCost | None = None) -> Room:
     """Return the memory of a model with rows under these limits.
 
     Without a cost, they hold numbers as they are.
@@ -80,12 +80,12 @@ def room_of(model: Served, limits: Limits, cost: Cost | None = None) -> Room:
     )
 
 
-def cost_of(model: Served, nbits: int | None) -> Cost:
+def cost_of(model: Served, nbits: int | None) -> RowCost:
     """Measure a row's bytes by running one token."""
     return with_drafts(model, nbits, *_measured(model, nbits))
 
 
-def with_drafts(model: Served, nbits: int | None, row: int, token: int) -> Cost:
+def with_drafts(model: Served, nbits: int | None, row: int, token: int) -> RowCost:
     """Return the cost of a row with prediction layers, given that of the main layers.
 
     Args:
@@ -96,13 +96,13 @@ def with_drafts(model: Served, nbits: int | None, row: int, token: int) -> Cost:
     """
     depth = model.prediction_depth() if isinstance(model, MTPModel) else 0
     if not depth:
-        return Cost(row, token)
+        return RowCost(row, token)
     config = model.config
     # Prediction layers are as the others, and what they keep is never in fewer bits.
     whole = token if nbits is None else _measured(model, None)[1]
     # A state and an embedding of each token are read.
     unread = 2 * config.hidden_size * cast("PreTrainedModel", model).dtype.itemsize
-    return Cost(row, token, whole * depth // config.num_hidden_layers, unread)
+    return RowCost(row, token, whole * depth // config.num_hidden_layers, unread)
 
 
 def _measured(model: Served, nbits: int | None) -> tuple[int, int]:

@@ -22,7 +22,7 @@ from quintet.serving.pace import LEAST_TAIL
 from quintet.serving.prefix import PrefixCache
 from quintet.serving.request import Request, hand_over
 from quintet.serving.reuse import PromptReuse
-from quintet.serving.scheduler import Cost, Plan, Scheduler
+from quintet.serving.scheduler import Plan, RowCost, Scheduler
 
 log = logging.getLogger("quintet.serving")
 
@@ -45,7 +45,7 @@ class Runner(PromptReuse):
     """
 
     def __init__(
-        self, engine: StepEngine, limits: Limits, clock: Callable[[], float], cost: Cost
+        self, engine: StepEngine, limits: Limits, clock: Callable[[], float], cost: RowCost
     ) -> None:
         self.engine, self.limits, self._clock = engine, limits, clock
         self.figures = Figures()

@@ -19,7 +19,7 @@ PASSES = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Cost:
+class RowCost:
     """The bytes of rows.
 
     Attributes:
@@ -39,9 +39,9 @@ class Cost:
         return self.row + self.token * tokens
 
     @property
-    def drafting(self) -> "Cost":
+    def drafting(self) -> "RowCost":
         """The maximum cost of a row that prediction layers draft for."""
-        return Cost(self.row, self.token + self.drafted + self.unread)
+        return RowCost(self.row, self.token + self.drafted + self.unread)
 
 
 class Job:
@@ -131,7 +131,7 @@ class Scheduler(Generic[J]):
     def __init__(
         self,
         limits: Limits,
-        cost: Cost,
+        cost: RowCost,
         waits: Callable[[J, float], bool] = lambda job, now: False,
     ) -> None:
         self.limits, self.cost, self._waits = limits, cost, waits

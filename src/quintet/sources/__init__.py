@@ -2,8 +2,8 @@
 
 from quintet.sources.choice import models_among
 from quintet.sources.find import find_gguf, is_gguf
-from quintet.sources.found import Found
+from quintet.sources.found import FoundModel
 from quintet.sources.ollama import names as ollama_names
 from quintet.sources.smollm2 import fetch_smollm2
 
-__all__ = ["Found", "fetch_smollm2", "find_gguf", "is_gguf", "models_among", "ollama_names"]
+__all__ = ["FoundModel", "fetch_smollm2", "find_gguf", "is_gguf", "models_among", "ollama_names"]

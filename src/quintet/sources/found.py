@@ -7,7 +7,7 @@ from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class FoundModel:
     """A model in GGUF, and further facts from the program that keeps it.
 
     Attributes:

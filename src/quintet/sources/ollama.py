@@ -16,7 +16,7 @@ from quintet.errors import (
     shown,
 )
 from quintet.files import read_json, read_text
-from quintet.sources.found import Found
+from quintet.sources.found import FoundModel
 
 PREFIX = "ollama:"
 HOST, NAMESPACE, TAG = "registry.ollama.ai", "library", "latest"
@@ -29,7 +29,7 @@ _HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*(:\d{1,5})?", re.ASCII)
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}", re.ASCII)
 
 
-def find(name: str) -> Found:
+def find(name: str) -> FoundModel:
     """Return the model of `ollama:NAME`, `ollama:NAME:TAG` or `ollama://HOST/NAMESPACE/NAME:TAG`.
 
     `OLLAMA_MODELS` says where Ollama keeps them, if it is set. Nothing is ever written there.
@@ -100,7 +100,7 @@ def _names(root: Path) -> Iterator[str]:
         yield PREFIX + whole.removeprefix(f"{NAMESPACE}/")
 
 
-def _read(root: Path, manifest: Path, name: str) -> Found:
+def _read(root: Path, manifest: Path, name: str) -> FoundModel:
     layers: dict[str, list[dict[str, Any]]] = {}
     given = read_json(manifest, MAX_MANIFEST).get("layers")
     for layer in given if isinstance(given, list) else []:
@@ -132,7 +132,7 @@ def _read(root: Path, manifest: Path, name: str) -> Found:
         )
     system = [_blob(root, layer, manifest) for layer in layers.get("system", ())]
     params = [_blob(root, layer, manifest) for layer in layers.get("params", ())]
-    return Found(
+    return FoundModel(
         _blob(root, models[0], manifest),
         system=read_text(system[-1], MAX_TEXT) if system else None,
         parameters=read_json(params[-1], MAX_TEXT) if params else {},

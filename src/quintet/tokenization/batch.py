@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from quintet.errors import InputError
 from quintet.tokenization.options import check_choice
-from quintet.tokenization.rows import Row
+from quintet.tokenization.rows import TokenizedRow
 
 if TYPE_CHECKING:
     import torch
@@ -18,7 +18,7 @@ class BatchEncoding(UserDict[str, Any]):
     def __init__(
         self,
         data: Mapping[str, Any] | None = None,
-        encodings: Sequence[Row] | None = None,
+        encodings: Sequence[TokenizedRow] | None = None,
         *,
         tensor_type: str | None = None,
     ) -> None:
@@ -42,7 +42,7 @@ class BatchEncoding(UserDict[str, Any]):
         raise AttributeError(f"BatchEncoding has no column or attribute {name!r}")
 
     @property
-    def encodings(self) -> list[Row] | None:
+    def encodings(self) -> list[TokenizedRow] | None:
         """The rows with tokens, words and offsets; None if built from columns."""
         return self._rows
 
@@ -126,7 +126,7 @@ class BatchEncoding(UserDict[str, Any]):
         found = [i for i, pair in enumerate(columns) if pair == (word, sequence_index)]
         return (found[0], found[-1] + 1) if found else None
 
-    def _row(self, index: int) -> Row:
+    def _row(self, index: int) -> TokenizedRow:
         if self._rows is None:
             raise InputError(
                 "this batch was made from columns and has no rows to look into; "

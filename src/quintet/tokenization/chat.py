@@ -16,7 +16,7 @@ from quintet.tokenization.messages import (
 from quintet.tokenization.options import EncodeOptions, check_names
 from quintet.tokenization.rendered import Rendered
 from quintet.tokenization.rendering import render_chat
-from quintet.tokenization.rows import Row
+from quintet.tokenization.rows import TokenizedRow
 from quintet.tokenization.sanitize import sanitised_row
 from quintet.tokenization.templates import ChatTemplates
 
@@ -203,7 +203,7 @@ class Chat(Encoder):
         batch["assistant_masks"] = column
 
 
-def _mask(row: Row, rendered: Rendered) -> list[int]:
+def _mask(row: TokenizedRow, rendered: Rendered) -> list[int]:
     """Return 1 for each token that overlaps generated text."""
     spans = iter(rendered.generated)
     start, end = next(spans, (0, 0))

@@ -20,7 +20,7 @@ from quintet.tokenization.lengths import (
     truncation_strategy,
 )
 from quintet.tokenization.options import EncodeOptions, Side, check_choice, check_names
-from quintet.tokenization.rows import Row
+from quintet.tokenization.rows import TokenizedRow
 from quintet.tokenization.vocabulary import Vocabulary, share_pipeline
 
 # What tokenizer_config.json says instead of "no limit" is 10^30; nothing real comes near this.
@@ -76,7 +76,7 @@ class Encoder(Vocabulary):
             add_special_tokens=options.get("add_special_tokens", True),
             split_special_tokens=options.get("split_special_tokens"),
         )
-        return self._finish([Row(encoding) for encoding in encodings], batched, options)
+        return self._finish([TokenizedRow(encoding) for encoding in encodings], batched, options)
 
     def encode(
         self, text: Text, text_pair: Text | None = None, **options: Unpack[EncodeOptions]
@@ -167,7 +167,9 @@ class Encoder(Vocabulary):
                     "it: text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')"
                 ) from None
 
-    def _finish(self, rows: list[Row], batched: bool, options: EncodeOptions) -> BatchEncoding:
+    def _finish(
+        self, rows: list[TokenizedRow], batched: bool, options: EncodeOptions
+    ) -> BatchEncoding:
         """Truncate and pad rows, and build the requested columns."""
         overflow = options.get("return_overflowing_tokens", False)
         cut = self._cut(options)
@@ -225,7 +227,9 @@ class Encoder(Vocabulary):
             strategy=strategy, max_length=max_length, side=self.truncation_side, stride=stride
         )
 
-    def _pad_rows(self, rows: list[Row], cut: Cut | None, options: EncodeOptions) -> list[Row]:
+    def _pad_rows(
+        self, rows: list[TokenizedRow], cut: Cut | None, options: EncodeOptions
+    ) -> list[TokenizedRow]:
         padding = options.get("padding", False)
         max_length = options.get("max_length")
         side = options.get("padding_side") or self.padding_side
@@ -262,7 +266,7 @@ class Encoder(Vocabulary):
             )
         return target
 
-    def _lay_out(self, rows: list[Row], options: EncodeOptions) -> dict[str, list[Any]]:
+    def _lay_out(self, rows: list[TokenizedRow], options: EncodeOptions) -> dict[str, list[Any]]:
         names = self.model_input_names
         columns: dict[str, list[Any]] = {names[0]: [row.ids for row in rows]}
         with_types = options.get("return_token_type_ids")

@@ -7,7 +7,7 @@ from typing import Any, SupportsIndex
 
 from quintet.errors import InputError, shown
 from quintet.tokenization.options import Side, check_choice
-from quintet.tokenization.rows import Row
+from quintet.tokenization.rows import TokenizedRow
 
 # A row is made as long as that, whatever its text.
 MOST_PADDED = 2**24
@@ -78,7 +78,7 @@ class Cut:
         if self.stride < 0:
             raise InputError(f"stride={self.stride} has to be at least 0")
 
-    def apply(self, row: Row, *, overflow: bool) -> list[Row]:
+    def apply(self, row: TokenizedRow, *, overflow: bool) -> list[TokenizedRow]:
         """Truncate a row; with `overflow`, also return the windows of the rest.
 
         Raises:

@@ -8,7 +8,7 @@ from typing import Any
 from tokenizers import Encoding
 
 
-class Row:
+class TokenizedRow:
     """The columns of one row of a batch.
 
     A view: the pipeline's own encoding stays whole, so that nothing has to be switched on and
@@ -102,7 +102,7 @@ class Row:
         """0 for tokens of the text, 1 for those of its pair, None for added tokens."""
         return self._column(self._encoding.sequence_ids, None)
 
-    def windows(self, text: list[range], pair: list[range]) -> "list[Row]":
+    def windows(self, text: list[range], pair: list[range]) -> "list[TokenizedRow]":
         """Return a row for each combination of windows of text and pair.
 
         The ranges count the tokens of each sequence from 0; tokens the pipeline added stay.
@@ -118,7 +118,7 @@ class Row:
                 numbered.append((sequence, seen[sequence]))
                 seen[sequence] += 1
         return [
-            Row(
+            TokenizedRow(
                 self._encoding,
                 [
                     position
@@ -141,9 +141,9 @@ class Row:
                 counts[sequence] += 1
         return counts[0], counts[1]
 
-    def padded(self, left: int, right: int, *, pad_id: int, pad_token: str) -> "Row":
+    def padded(self, left: int, right: int, *, pad_id: int, pad_token: str) -> "TokenizedRow":
         """Return the padded row."""
-        return Row(
+        return TokenizedRow(
             self._encoding,
             self._indices,
             pad=(left, right),

@@ -16,7 +16,7 @@ from quintet.errors import ChatTemplateError, InputError, shown
 from quintet.tokenization.encoding import Encoder
 from quintet.tokenization.options import EncodeOptions
 from quintet.tokenization.rendered import Rendered
-from quintet.tokenization.rows import Row
+from quintet.tokenization.rows import TokenizedRow
 from quintet.tokenization.vocabulary import share_pipeline
 
 _PRIVATE = (range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
@@ -37,7 +37,7 @@ def sanitised_row(
     variables: Mapping[str, Any],
     text: str,
     options: EncodeOptions,
-) -> Row:
+) -> TokenizedRow:
     """Encode a rendered conversation with only the template's control tokens.
 
     Raises:
@@ -83,7 +83,7 @@ def _encode_between(
     spans: list[tuple[int, int, int]],
     added: Mapping[int, AddedToken],
     unused: Iterator[str],
-) -> Row:
+) -> TokenizedRow:
     """Encode text in which only the given spans are control tokens.
 
     A second pipeline knows each control token by one character that is not in the text, and by
@@ -114,7 +114,7 @@ def _encode_between(
                 f"sanitize_control_tokens does not work with this tokenizer: its vocabulary "
                 f"spells {shown(added[index].content)} as ordinary text"
             )
-    return Row(encoding, renamed=renamed, places=places)
+    return TokenizedRow(encoding, renamed=renamed, places=places)
 
 
 def _shadows(

@@ -19,7 +19,7 @@ from quintet.tokenization import BatchEncoding, PreTrainedTokenizer
 from quintet.training.bounds import at_least, at_most
 from quintet.training.data.interface import Document
 from quintet.training.evaluating import evaluating
-from quintet.training.records import Evaluation, Sample
+from quintet.training.records import Evaluation, GeneratedSample
 from quintet.training.scoring import score
 
 
@@ -126,7 +126,7 @@ def samples(
     *,
     step: int = 0,
     tokens: int = 0,
-) -> Iterator[Sample]:
+) -> Iterator[GeneratedSample]:
     """Yield a model's continuations of the prompts, each with the same seed; it is left unchanged.
 
     A text may be shorter than asked for, where the model ends it or its context does.
@@ -146,7 +146,9 @@ def samples(
             )
         new = written[0, inputs["input_ids"].shape[1] :]
         text = tokenizer.decode(new, skip_special_tokens=settings.chat)
-        yield Sample(step=step, tokens=tokens, prompt=prompt, text=text, seed=settings.seed)
+        yield GeneratedSample(
+            step=step, tokens=tokens, prompt=prompt, text=text, seed=settings.seed
+        )
 
 
 def _encoded_prompt(tokenizer: PreTrainedTokenizer, prompt: str, chat: bool) -> BatchEncoding:

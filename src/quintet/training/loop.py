@@ -24,7 +24,7 @@ from quintet.training.data import build_data
 from quintet.training.joining import joined, local_part, parallelize, reference_loader
 from quintet.training.metrics import Metrics
 from quintet.training.ranks import Ranks
-from quintet.training.records import Reporter, Several, Silent
+from quintet.training.records import Reporter, Reporters, Silent
 from quintet.training.result import TrainingResult
 from quintet.training.resuming import Resume, check_same, start_of
 from quintet.training.run import Run
@@ -100,7 +100,9 @@ def train(
         check(config, model, tokenizer, data, ranks.degrees)
         stack.enter_context(computed(model, config.train))
         layout = parallelize(model, config, ranks, part=part is not None)
-        reporters = Several(Metrics(config.report, reporter), reporter) if ranks.first else Silent()
+        reporters = (
+            Reporters(Metrics(config.report, reporter), reporter) if ranks.first else Silent()
+        )
         run = Run(config, folder, model, tokenizer, objective, data, reporters, ranks, layout)
         return stack.enter_context(run).whole(start, resume)
 

@@ -19,7 +19,15 @@ from quintet.errors import CheckpointError, InputError, ModelNotFoundError, Save
 from quintet.measurement.flops import TrainingFlops
 from quintet.modeling.heads import CausalLMHead
 from quintet.modeling.sizes import measure
-from quintet.training.records import Beginning, End, Evaluation, Reporter, Sample, Saved, StepRecord
+from quintet.training.records import (
+    Beginning,
+    End,
+    Evaluation,
+    GeneratedSample,
+    Reporter,
+    Saved,
+    StepRecord,
+)
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 # No line of ours is longer; what is has been written by something else.
@@ -48,7 +56,7 @@ class ReportSettings:
             raise InputError(f"[report] peak_flops = {self.peak_flops}: it has to be above 0")
 
 
-class Usage:
+class MachineUsage:
     """The share of a machine's peak that a training's steps use: MFU.
 
     What counts as an operation is said in `quintet.measurement.flops`.
@@ -162,7 +170,7 @@ class Metrics:
         self.settings, self._reporter = settings, reporter
         self._metrics: _Lines | None = None
         self._samples: _Lines | None = None
-        self._usage: Usage | None = None
+        self._usage: MachineUsage | None = None
         self._failed = False
 
     def started(self, beginning: Beginning) -> None:
@@ -178,7 +186,7 @@ class Metrics:
                 f"could not write metrics into {shown(str(folder))}: {error.strerror or error}"
             ) from error
         if isinstance(model, CausalLMHead):
-            self._usage = Usage(model, self.settings.peak_flops)
+            self._usage = MachineUsage(model, self.settings.peak_flops)
         size = measure(model, model.dtype)
         # The model itself is no number, and `asdict` would copy it.
         known = {f.name: getattr(beginning, f.name) for f in fields(beginning)}
@@ -214,7 +222,7 @@ class Metrics:
         line = {"event": "evaluation", **asdict(evaluation), "perplexity": evaluation.perplexity}
         self._write(self._metrics, line)
 
-    def sampled(self, sample: Sample) -> None:
+    def sampled(self, sample: GeneratedSample) -> None:
         """Write the model's texts into a file of their own."""
         self._write(self._samples, asdict(sample))
 

@@ -121,7 +121,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sample:
+class GeneratedSample:
     """A text sampled during training."""
 
     step: int
@@ -174,7 +174,7 @@ class Reporter(Protocol):
         """Report an evaluation."""
         ...
 
-    def sampled(self, sample: Sample) -> None:
+    def sampled(self, sample: GeneratedSample) -> None:
         """Report a text that the model wrote."""
         ...
 
@@ -203,7 +203,7 @@ class Silent:
     def evaluated(self, evaluation: Evaluation) -> None:
         """Do nothing."""
 
-    def sampled(self, sample: Sample) -> None:
+    def sampled(self, sample: GeneratedSample) -> None:
         """Do nothing."""
 
     def saved(self, saved: Saved) -> None:
@@ -216,7 +216,7 @@ class Silent:
         """Do nothing."""
 
 
-class Several:
+class Reporters:
     """Tells several reporters, in order."""
 
     def __init__(self, *reporters: Reporter) -> None:
@@ -237,7 +237,7 @@ class Several:
         for reporter in self.reporters:
             reporter.evaluated(evaluation)
 
-    def sampled(self, sample: Sample) -> None:
+    def sampled(self, sample: GeneratedSample) -> None:
         """Pass it to all of them."""
         for reporter in self.reporters:
             reporter.sampled(sample)

@@ -37,7 +37,7 @@ from quintet.training.schedules import schedule_of
 from quintet.training.settings import plain, written
 from quintet.training.signals import Stop, heeded
 from quintet.training.state import Counters, Randomness
-from quintet.training.step import Outcome, take
+from quintet.training.step import StepOutcome, take
 from quintet.training.writing import writing
 
 T = TypeVar("T")
@@ -206,7 +206,7 @@ class Run:
         own = sum(batch.tokens for batch in parts)
         return int(self.ranks.counted({"tokens": own})["tokens"])
 
-    def _balance(self, found: Outcome, at: Progress) -> dict[str, float]:
+    def _balance(self, found: StepOutcome, at: Progress) -> dict[str, float]:
         """Move the biases of routers against their loads; return how uneven these were."""
         if self.loads is None:
             return {}

@@ -24,7 +24,7 @@ LOSS = ""
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class StepOutcome:
     """The outcome of a step.
 
     Attributes:
@@ -48,7 +48,7 @@ def accumulate(
     computing: Callable[[], AbstractContextManager[object]],
     ranks: Ranks = ALONE,
     layout: Layout = LOCAL,
-) -> Outcome:
+) -> StepOutcome:
     """Add the gradient of a whole step to those there are, part by part.
 
     With sums s and counts n of parts p, and weights w of terms k, what is minimised is
@@ -69,7 +69,7 @@ def accumulate(
             looking = partial(objective.of_step, model, parts, at, ranks.summed)
             objective = layout.run(looking)
     if not any(counts.values()):
-        return Outcome(math.nan, skipped="no label of it counts")
+        return StepOutcome(math.nan, skipped="no label of it counts")
     logged: list[tuple[str, Tensor]] = []
 
     def learned(batch: Batch) -> Tensor | None:
@@ -92,7 +92,7 @@ def accumulate(
     loss = totals[LOSS]
     found = {name: totals[name] for name in counts if totals[f"{name} there"]}
     finite = math.isfinite(loss)
-    return Outcome(loss, found, skipped=None if finite else "its loss is not finite")
+    return StepOutcome(loss, found, skipped=None if finite else "its loss is not finite")
 
 
 def _size(model: PreTrainedModel, batch: Batch) -> int:
@@ -129,7 +129,7 @@ def take(
     at: Progress,
     computing: Callable[[], AbstractContextManager[object]],
     ranks: Ranks = ALONE,
-) -> Outcome:
+) -> StepOutcome:
     """Take a step, or leave it out where its numbers are not finite: then nothing has changed.
 
     Raises:
@@ -143,9 +143,9 @@ def take(
         norm = optimizers.clip().item()
         if not math.isfinite(norm):
             why = "its gradient is not finite"
-            return Outcome(found.loss, found.terms, norm, why)
+            return StepOutcome(found.loss, found.terms, norm, why)
         optimizers.step(at)
-        return Outcome(found.loss, found.terms, norm)
+        return StepOutcome(found.loss, found.terms, norm)
     finally:
         optimizers.zero_grad()
 

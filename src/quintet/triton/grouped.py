@@ -21,7 +21,7 @@ from quintet.triton.tiles import times_rows
 from quintet.triton.weights import KernelWeight, columns_of, stored, widened
 
 
-class Shape(NamedTuple):
+class TileShape(NamedTuple):
     """A program's tile: rows of an expert, outputs, and columns per step."""
 
     rows: int
@@ -29,7 +29,7 @@ class Shape(NamedTuple):
     columns: int = 64
 
 
-def shape_for(choices: int, E: int, dtype: torch.dtype) -> Shape:
+def shape_for(choices: int, E: int, dtype: torch.dtype) -> TileShape:
     """Return the shape of tiles: the expected number of an expert's rows.
 
     Steps have 64 columns: two numbers of four bits a byte begin anew every 64, and three steps
@@ -37,10 +37,10 @@ def shape_for(choices: int, E: int, dtype: torch.dtype) -> Shape:
     """
     if batch_invariant():
         # Of one shape whoever shares the batch.
-        return Shape(32, 64)
+        return TileShape(32, 64)
     expected = cdiv(choices, E)
     rows = min(max(power_of_two(expected), 16), 32 if dtype == torch.float32 else 128)
-    return Shape(rows, 64)
+    return TileShape(rows, 64)
 
 
 def grouped_experts(

@@ -37,7 +37,7 @@ from quintet.training.ranks import Alone, Ranks
 from quintet.training.records import Beginning
 from quintet.training.resuming import Resume
 from quintet.training.settings import SettingError
-from quintet.training.step import Outcome, accumulate, take
+from quintet.training.step import StepOutcome, accumulate, take
 from support import relative_error
 from trainings import Heard
 
@@ -49,7 +49,7 @@ LOSSES: Mapping[str, dict[str, Any]] = {
 }
 BEGIN = Progress(0, 0, 0.0)
 IDS = 101
-Learned = tuple[Outcome, dict[str, Tensor]]
+Learned = tuple[StepOutcome, dict[str, Tensor]]
 
 
 def config_of(degrees: Mapping[str, Any], **optimizer: Any) -> TrainingConfig:

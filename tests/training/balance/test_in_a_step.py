@@ -16,7 +16,7 @@ from quintet.training.balance import BalanceLoss, SequenceBalance, SwitchBalance
 from quintet.training.batch import Batch
 from quintet.training.objectives import LanguageModelling
 from quintet.training.progress import Progress
-from quintet.training.step import Outcome, accumulate
+from quintet.training.step import StepOutcome, accumulate
 from trainings import Heard, material, settings
 
 START = Progress(step=0, tokens=0, done=0.0)
@@ -36,7 +36,7 @@ def parts(*sizes: int) -> list[Batch]:
 
 def stepped(
     balance: list[BalanceLoss], cut: list[Batch], trained: PreTrainedModel | None = None
-) -> tuple[Outcome, dict[str, Tensor], Tensor]:
+) -> tuple[StepOutcome, dict[str, Tensor], Tensor]:
     trained = model() if trained is None else trained
     objective = LanguageModelling(prediction=0.3, balance=balance)
     with BiasBalancer(trained) as balancer:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from quintet.training.data.mixing import BLOCK, Fixed
 from quintet.training.data.order import key, lots, permutation
-from quintet.training.data.packing import Padded, Piece, Stream, Whole, Windows, best_fit
+from quintet.training.data.packing import DocumentPiece, Padded, Stream, Whole, Windows, best_fit
 
 lengths_of = st.lists(st.integers(1, 40), min_size=1, max_size=25).map(np.array)
 contexts = st.integers(2, 50)
@@ -17,7 +17,7 @@ seeds = st.integers(0, 2**32)
 quick = settings(max_examples=25, deadline=None)
 
 
-def tokens(pieces: list[Piece]) -> Counter[tuple[int, int]]:
+def tokens(pieces: list[DocumentPiece]) -> Counter[tuple[int, int]]:
     return Counter((p.document, at) for p in pieces for at in range(p.start, p.stop))
 
 

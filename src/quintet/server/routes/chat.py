@@ -93,7 +93,7 @@ async def _whole(
     events: AsyncGenerator[AnswerEvent, None], frame: Frame, count: int
 ) -> dict[str, Any]:
     """Return all answers when they are complete."""
-    messages = [Message() for _ in range(count)]
+    messages = [AnswerMessage() for _ in range(count)]
     async with aclosing(events):
         async for one in events:
             messages[one.index].feed(one)
@@ -102,7 +102,7 @@ async def _whole(
     return frame(WHOLE, choices, usage=usage)
 
 
-class Message:
+class AnswerMessage:
     """A message that is put together."""
 
     def __init__(self) -> None:

@@ -12,7 +12,7 @@ from quintet.training.batch import Batch
 
 
 @dataclass(frozen=True, slots=True)
-class Text:
+class TokenizedText:
     """A text as it stands in a row.
 
     Attributes:
@@ -33,7 +33,7 @@ class Text:
         return labels
 
 
-def rectangle(rows: Sequence[Sequence[Text]], pad: int, *, borders: bool) -> Batch:
+def rectangle(rows: Sequence[Sequence[TokenizedText]], pad: int, *, borders: bool) -> Batch:
     """Return rows as rows, filled up to the longest where they are not equally long.
 
     Args:
@@ -59,7 +59,7 @@ def rectangle(rows: Sequence[Sequence[Text]], pad: int, *, borders: bool) -> Bat
     )
 
 
-def flat(rows: Sequence[Sequence[Text]]) -> Batch:
+def flat(rows: Sequence[Sequence[TokenizedText]]) -> Batch:
     """Return all texts in one row without padding, told apart by their numbers."""
     texts = [text for row in rows for text in row]
     ids, labels = _join(texts, borders=True)
@@ -71,12 +71,14 @@ def flat(rows: Sequence[Sequence[Text]]) -> Batch:
     )
 
 
-def _join(row: Sequence[Text], *, borders: bool) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _join(
+    row: Sequence[TokenizedText], *, borders: bool
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     ids = np.concatenate([text.ids for text in row])
     # The first token of a text has nothing before it that could predict it.
     labels = [text.labels(first=i > 0 and not borders) for i, text in enumerate(row)]
     return ids, np.concatenate(labels)
 
 
-def _numbers(row: Sequence[Text]) -> NDArray[np.int64]:
+def _numbers(row: Sequence[TokenizedText]) -> NDArray[np.int64]:
     return np.repeat(np.arange(len(row)), [len(text.ids) for text in row])

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from quintet.training.data.order import key, lots, permutation
 
 
-class Piece(NamedTuple):
+class DocumentPiece(NamedTuple):
     """A part of a document.
 
     Attributes:
@@ -25,10 +25,10 @@ class Piece(NamedTuple):
     stop: int
 
 
-class Rows(Protocol):
+class PackedRows(Protocol):
     """Rows without end: when all documents have been read, they come again in another order."""
 
-    def row(self, number: int) -> Sequence[Piece]:
+    def row(self, number: int) -> Sequence[DocumentPiece]:
         """Return the contents of a row."""
         ...
 
@@ -58,10 +58,10 @@ class Stream:
         self._passes: OrderedDict[int, _Pass] = OrderedDict()
         self._shuffled: OrderedDict[int, NDArray[np.int64]] = OrderedDict()
 
-    def row(self, number: int) -> list[Piece]:
+    def row(self, number: int) -> list[DocumentPiece]:
         """Return the contents of a row."""
         turn, offset = divmod(self._place(number) * self._context, self._total)
-        found: list[Piece] = []
+        found: list[DocumentPiece] = []
         missing = self._context
         while missing:
             now = self._pass(turn)
@@ -69,7 +69,7 @@ class Stream:
             start = offset - (int(now.ends[index - 1]) if index else 0)
             for document in now.order[index : index + missing].tolist():
                 stop = min(start + missing, int(self._lengths[document]))
-                found.append(Piece(document, start, stop))
+                found.append(DocumentPiece(document, start, stop))
                 missing -= stop - start
                 start = 0
                 if not missing:
@@ -113,7 +113,7 @@ class Windows:
         self._context, self._seed = context, seed
         self._places = int(self._ends[-1]) - context + 1
 
-    def row(self, number: int) -> list[Piece]:
+    def row(self, number: int) -> list[DocumentPiece]:
         """Return the contents of a row."""
         start = int(lots(self._seed, 1, number)[0]) % self._places
         stop = start + self._context
@@ -122,7 +122,7 @@ class Windows:
         while start < stop:
             begin = int(self._ends[index - 1]) if index else 0
             end = min(int(self._ends[index]), stop)
-            found.append(Piece(index, start - begin, end - begin))
+            found.append(DocumentPiece(index, start - begin, end - begin))
             start, index = end, index + 1
         return found
 
@@ -138,9 +138,9 @@ class Padded:
     def __init__(self, pieces: NDArray[np.int64], seed: int) -> None:
         self._pieces, self._orders = pieces, _Orders(len(pieces), seed)
 
-    def row(self, number: int) -> list[Piece]:
+    def row(self, number: int) -> list[DocumentPiece]:
         """Return the contents of a row."""
-        return [Piece(*self._pieces[self._orders.at(number)].tolist())]
+        return [DocumentPiece(*self._pieces[self._orders.at(number)].tolist())]
 
 
 class Whole:
@@ -165,11 +165,13 @@ class Whole:
         self._ends = np.cumsum(np.bincount(bins))
         self._orders = _Orders(len(self._ends), key(seed, 1))
 
-    def row(self, number: int) -> list[Piece]:
+    def row(self, number: int) -> list[DocumentPiece]:
         """Return the contents of a row."""
         index = self._orders.at(number)
         start = int(self._ends[index - 1]) if index else 0
-        return [Piece(*piece) for piece in self._pieces[start : int(self._ends[index])].tolist()]
+        return [
+            DocumentPiece(*piece) for piece in self._pieces[start : int(self._ends[index])].tolist()
+        ]
 
     def __len__(self) -> int:
         return len(self._ends)

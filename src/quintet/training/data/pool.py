@@ -6,9 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quintet.errors import ConfigError, DataError
-from quintet.training.data.collating import Text
+from quintet.training.data.collating import TokenizedText
 from quintet.training.data.order import key
-from quintet.training.data.packing import Padded, Piece, Rows, Stream, Whole, Windows
+from quintet.training.data.packing import DocumentPiece, PackedRows, Padded, Stream, Whole, Windows
 from quintet.training.data.settings import DataSettings, Packing
 from quintet.training.data.store import Store
 
@@ -92,9 +92,9 @@ class Pool:
             own = np.maximum(own, others)
         self._lengths = own
         self.documents = len(self._documents)
-        self._plans: dict[int, Rows] = {}
+        self._plans: dict[int, PackedRows] = {}
 
-    def row(self, number: int, context: int) -> Sequence[Piece]:
+    def row(self, number: int, context: int) -> Sequence[DocumentPiece]:
         """Return the pieces of a row of this many tokens."""
         if context not in self._plans:
             if len(self._plans) >= PLANS:
@@ -102,7 +102,7 @@ class Pool:
             self._plans[context] = self._plan(context)
         return self._plans[context].row(number)
 
-    def text(self, piece: Piece, other: int = 0) -> Text:
+    def text(self, piece: DocumentPiece, other: int = 0) -> TokenizedText:
         """Return a part of a document; of a pair's the preferred one, or the other."""
         document = int(self._documents[piece.document]) + other
         start = int(self._starts[document])
@@ -110,9 +110,11 @@ class Pool:
         start += piece.start
         ids = np.array(self._store.ids[start:end], np.int64)
         learned = self._store.learned
-        return Text(ids, None if learned is None else np.array(learned[start:end], np.bool_))
+        return TokenizedText(
+            ids, None if learned is None else np.array(learned[start:end], np.bool_)
+        )
 
-    def _plan(self, context: int) -> Rows:
+    def _plan(self, context: int) -> PackedRows:
         seed = key(self._seed, context)
         if self._packing == "stream":
             if self._settings.windows == "random":
@@ -171,9 +173,9 @@ class Pool:
         parts = [
             (document, start, min(start + context, length)) for start in range(0, last, context)
         ]
-        return [part for part in parts if self._anything(Piece(*part))]
+        return [part for part in parts if self._anything(DocumentPiece(*part))]
 
-    def _anything(self, piece: Piece) -> bool:
+    def _anything(self, piece: DocumentPiece) -> bool:
         """Return whether a part has labels; of a pair, both answers."""
         texts = [self.text(piece, other) for other in range(1 + self.paired)]
         return all(text.learned is None or text.learned[1:].any() for text in texts)
