@@ -15,7 +15,7 @@ from quintet.adapters.names import name_of
 from quintet.checkpoint import Checkpoint, TensorInfo
 from quintet.checkpoint.gguf import check_types, in_halves, info_of
 from quintet.errors import CheckpointError, listed, shown
-from quintet.gguf import Part
+from quintet.gguf import WeightPart
 from quintet.gguf.adapters import MODEL_TYPES, AdaptedMatrix, GGUFAdapter, read_gguf_adapter
 from quintet.ops.blocks import decode_blocks
 
@@ -111,17 +111,17 @@ def _check_model(adapter: GGUFAdapter, values: Mapping[str, Any]) -> None:
             )
 
 
-def _parts(matrix: AdaptedMatrix) -> Iterator[tuple[str, Part]]:
+def _parts(matrix: AdaptedMatrix) -> Iterator[tuple[str, WeightPart]]:
     leaves = ("lora_embedding_A", "lora_embedding_B") if matrix.embeds else _LEAVES
     for leaf, tensor in zip(leaves, (matrix.a, matrix.b), strict=True):
         if not matrix.part:
             name = name_of(matrix.path, leaf)
-            yield name, Part(name, tensor, tensor.shape, tensor.start)
+            yield name, WeightPart(name, tensor, tensor.shape, tensor.start)
             continue
         each = tensor.nbytes // tensor.shape[0]
         for expert in range(tensor.shape[0]):
             name = name_of(f"{matrix.path}.{expert}.{matrix.part}", leaf)
-            yield name, Part(name, tensor, tensor.shape[1:], tensor.start + expert * each)
+            yield name, WeightPart(name, tensor, tensor.shape[1:], tensor.start + expert * each)
 
 
 _LEAVES = ("lora_A.weight", "lora_B.weight")
