@@ -79,6 +79,14 @@ _ALL = (OURS, OURS_INT8, OURS_INT4, EAGER, LLAMA, LLAMA_Q8, LLAMA_Q4)
 _BF16 = (OURS, EAGER, LLAMA)
 _EAGER = (OURS, EAGER)
 _LLAMA = (OURS, OURS_INT8, LLAMA, LLAMA_Q8)
+_MANY = (OURS, OURS_INT8, EAGER, LLAMA, LLAMA_Q8)
+_OURS_MANY = (OURS, OURS_INT8, EAGER)
+
+
+# How many share a step.
+_ROWS: tuple[tuple[Kind, int, int, int], ...] = tuple(
+    ("decode", 512, rows, 8) for rows in (8, 16, 32)
+)
 
 
 def _cases(
@@ -95,11 +103,10 @@ CASES: tuple[Case, ...] = (
         ("decode", 4096, 1, 12),
         ("decode", 16384, 1, 8),
         ("decode", 512, 4, 8),
-        ("decode", 512, 8, 8),
-        ("decode", 512, 16, 8),
         ("prefill", 4096, 1, 1),
         ("load", 8, 1, 1),
     ),
+    *_cases(QWEN2, _MANY, *_ROWS),
     *_cases(
         V2_LITE,
         _EAGER,
@@ -107,10 +114,10 @@ CASES: tuple[Case, ...] = (
         ("decode", 4096, 1, 8),
         ("decode", 16384, 1, 8),
         ("decode", 512, 4, 8),
-        ("decode", 512, 16, 8),
         ("prefill", 512, 1, 1),
         ("prefill", 4096, 1, 1),
     ),
+    *_cases(V2_LITE, _OURS_MANY, *_ROWS),
     *_cases(
         V2_LITE_Q,
         _LLAMA,
@@ -127,10 +134,10 @@ CASES: tuple[Case, ...] = (
         ("decode", 4096, 1, 8),
         ("decode", 16384, 1, 8),
         ("decode", 512, 4, 8),
-        ("decode", 512, 16, 8),
         ("prefill", 512, 1, 1),
         ("prefill", 4096, 1, 1),
     ),
+    *_cases(QWEN_MOE, _MANY, *_ROWS),
     *_cases(
         ZAMBA2,
         _EAGER,
@@ -138,10 +145,10 @@ CASES: tuple[Case, ...] = (
         ("decode", 4096, 1, 8),
         ("decode", 16384, 1, 8),
         ("decode", 512, 4, 8),
-        ("decode", 512, 16, 8),
         ("prefill", 512, 1, 1),
         ("prefill", 2048, 1, 1),
     ),
+    *_cases(ZAMBA2, _OURS_MANY, *_ROWS),
     *_cases(V3, _EAGER, ("decode", 512, 1, 8), ("decode", 4096, 1, 8), ("prefill", 512, 1, 1)),
 )
 

@@ -11,7 +11,7 @@ from quintet.kernels.decode import decode
 from quintet.kernels.gated import gated
 from quintet.kernels.grouped import grouped_silu_experts
 from quintet.kernels.latent import attend_latents
-from quintet.kernels.linear import STEP_TOKENS, linears
+from quintet.kernels.linear import HEAD, STEP_TOKENS, linears
 from quintet.kernels.matrix import Matrix
 from quintet.kernels.product import gated_products, products
 from quintet.kernels.routing import Rules, choose, router_logits
@@ -72,6 +72,29 @@ def test_a_vector_is_mapped_alike_alone_and_beside_any_number_of_others(
         for few, many in zip(beside, products(torch.cat((x, x)), maps) or (), strict=True):
             row = len(x) if at == 0 else 0
             assert same(few[at], many[row])
+
+
+@pytest.mark.parametrize("kind", ["bf16", "int8", "int4"])
+@once
+@given(
+    I=st.sampled_from([100, 300, 896]),
+    M=st.integers(2, 64),
+    far=st.sets(st.integers(0, 63)),
+    threads=st.integers(1, 3),
+)
+def test_outliers_of_one_vector_are_nothing_to_those_beside_it(
+    level: str, kind: str, I: int, M: int, far: set[int], threads: int
+) -> None:
+    matrix = stored(kind, torch.randn(HEAD, I) / I**0.5)
+    x = torch.randn(M, I)
+    for m in far & set(range(M)):
+        x[m, m % I] = 1e4
+    x = x.to(BF16)
+    torch.set_num_threads(threads)
+    beside = linears(x, [matrix])
+    assert beside is not None
+    for m in {0, M // 2, M - 1}:
+        assert same((linears(x[m : m + 1], [matrix]) or [None])[0], beside[0][m : m + 1])
 
 
 @pytest.mark.parametrize("kind", ["bf16", "int8", "int4"])

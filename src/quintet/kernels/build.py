@@ -18,7 +18,7 @@ from quintet.kernels.store import BuildError
 
 SOURCES = Path(__file__).parent / "csrc"
 COMPILERS = ("g++", "clang++", "c++")
-FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp")
+FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden")
 # A compiler that hangs must not hang the program that only wanted to be faster.
 TIMEOUT = 600.0
 UNSET = "unset it to take the best this CPU has"

@@ -11,6 +11,7 @@ from torch import Tensor
 from quintet.cache import Cache
 from quintet.measurement.synthetic import filled_cache, random_ids
 from quintet.modeling.heads import CausalLMHead
+from quintet.ops.sampling import likeliest
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +93,7 @@ def time_steps(
 
 def _next(logits: Tensor) -> list[int]:
     """Take the most likely tokens, waiting for the device."""
-    return logits[:, -1].argmax(dim=-1).tolist()
+    return likeliest(logits[:, -1])[1].tolist()
 
 
 def _wait(model: CausalLMHead) -> None:

@@ -2,7 +2,7 @@
 #pragma once
 #include "simd.h"
 
-namespace {
+namespace quintet {
 
 // out[i] += Σ_k a[i·ai + k·ak] · m[k], for I rows of V vectors at once.
 template <int I, int V>
@@ -43,4 +43,4 @@ inline void accumulate(float* out, i64 ldo, const float* a, i64 ai, i64 ak,
     }
 }
 
-}  // namespace
+}  // namespace quintet

@@ -1,6 +1,8 @@
 // Attention with keys and values as they are.
 #include "attention.h"
 
+using namespace quintet;
+
 namespace {
 
 // Queries (B, H, T, D) and keys (B, heads, S, D), one of two parts; without the second, zeros.

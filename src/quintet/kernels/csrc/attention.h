@@ -10,7 +10,7 @@
 #include "sequences.h"
 #include "tiles.h"
 
-namespace {
+namespace quintet {
 
 constexpr i64 KEYS = 128;         // of a block
 constexpr i64 WIDEST = 32;        // columns of values that are taken at once, where vectors are widest
@@ -419,4 +419,4 @@ inline float* memory_of(const Division& division) {
     return of_parts.take<float>(division.room());
 }
 
-}  // namespace
+}  // namespace quintet

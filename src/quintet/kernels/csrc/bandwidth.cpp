@@ -4,6 +4,8 @@
 
 #include "span.h"
 
+using namespace quintet;
+
 namespace {
 
 struct Call {

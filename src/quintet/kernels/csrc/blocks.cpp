@@ -3,6 +3,8 @@
 
 #include "span.h"
 
+using namespace quintet;
+
 namespace {
 
 // Whatever the processor does with subnormal floats: half of all scales in files are subnormal halves.

@@ -11,7 +11,7 @@
 #include "accumulate.h"
 #include "sequences.h"
 
-namespace {
+namespace quintet {
 
 constexpr i64 BLOCK = 64;
 
@@ -159,4 +159,4 @@ struct Causal {
     }
 };
 
-}  // namespace
+}  // namespace quintet

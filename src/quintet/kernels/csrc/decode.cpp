@@ -3,6 +3,8 @@
 
 #include "decode.h"
 
+using namespace quintet;
+
 namespace {
 
 struct Steps {

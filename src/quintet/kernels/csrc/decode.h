@@ -2,9 +2,10 @@
 #pragma once
 #include <vector>
 
+#include "matrix.h"
 #include "sequences.h"
 
-namespace {
+namespace quintet {
 
 // Keys that are scored before their values are added up, so that both stay in the cache.
 constexpr i64 BLOCK = 128;
@@ -80,30 +81,53 @@ struct Queries {
     i64 q_head, k_token, v_token, G, D;
 };
 
+// How many keys before its use one is asked for. Its value is asked for with it: that comes a block later.
+constexpr i64 KEYS_AHEAD = 16;
+
+// Ask for four rows, `ahead` of p, of as many as there are.
+template <class T>
+inline void fetch(const T* p, i64 stride, i64 rows, i64 ahead, i64 D) {
+    for (i64 s = ahead; s < std::min(ahead + 4, rows); ++s)
+        for (i64 d = 0; d < D; d += 64 / i64(sizeof(T))) prefetch<_MM_HINT_T0>(p + s * stride + d, 0);
+}
+
+// The scores of N keys, one behind the other, with each query: (G, BLOCK).
+template <int N, class T>
+inline void score(const Queries<T>& c, const T* key, float scale, float* to) {
+    using C = Chunk<T>;
+    for (i64 g = 0; g < c.G; ++g) {
+        const T* query = c.q + g * c.q_head;
+        F acc[N];
+        for (F& sum : acc) sum = zero();
+        i64 d = 0;
+        for (; d + C::SIZE <= c.D; d += C::SIZE)
+            for (int s = 0; s < N; ++s) acc[s] = C::dot_to(acc[s], C::at(query + d), C::at(key + s * c.k_token + d));
+        if (d < c.D)
+            for (int s = 0; s < N; ++s) acc[s] = C::dot_to(acc[s], C::at(query + d, c.D - d), C::at(key + s * c.k_token + d, c.D - d));
+        float made[N];
+        row_sums<N>([&](int s) { return acc[s]; }, made);
+        for (int s = 0; s < N; ++s) to[g * BLOCK + s] = made[s] * scale;
+    }
+}
+
 // The keys [from, to), added to what `part` has.
 template <class T>
 void attend(const Queries<T>& c, i64 from, i64 to, float scale, Partial& part) {
-    using C = Chunk<T>;
     const i64 G = c.G, D = c.D;
-    const T *q = c.q, *k = c.k, *v = c.v;
+    const T *k = c.k, *v = c.v;
     std::vector<float> scores(size_t(G * BLOCK));
     for (i64 s0 = from; s0 < to; s0 += BLOCK) {
         const i64 n = std::min(BLOCK, to - s0);
-        for (i64 s = 0; s < n; ++s) {
-            const T* key = k + (s0 + s) * c.k_token;
-            for (i64 g = 0; g < G; ++g) {
-                const T* query = q + g * c.q_head;
-                F acc = zero();
-                i64 d = 0;
-                for (; d + C::SIZE <= D; d += C::SIZE)
-                    acc = C::dot_to(acc, C::at(query + d), C::at(key + d));
-                if (d < D) acc = C::dot_to(acc, C::at(query + d, D - d), C::at(key + d, D - d));
-                scores[size_t(g * BLOCK + s)] = sum(acc) * scale;
-            }
+        i64 s = 0;
+        for (; s + 4 <= n; s += 4) {
+            fetch(k + (s0 + s) * c.k_token, c.k_token, to - s0 - s, KEYS_AHEAD, D);
+            fetch(v + (s0 + s) * c.v_token, c.v_token, n - s, 0, D);
+            score<4>(c, k + (s0 + s) * c.k_token, scale, scores.data() + s);
         }
+        for (; s < n; ++s) score<1>(c, k + (s0 + s) * c.k_token, scale, scores.data() + s);
         for (i64 g = 0; g < G; ++g) {
             float* row = scores.data() + g * BLOCK;
-            for (i64 s = n; s < (n + LANES - 1) / LANES * LANES; ++s) row[s] = -INFINITY;
+            std::fill(row + n, row + (n + LANES - 1) / LANES * LANES, -INFINITY);
             F top = all(part.most[g]);
             for (i64 s = 0; s < n; s += LANES) top = max(load(row + s), top);
             const float most = largest(top), before = part.most[g];
@@ -120,12 +144,9 @@ void attend(const Queries<T>& c, i64 from, i64 to, float scale, Partial& part) {
             if (shrink != 1.0f)
                 for (i64 d = 0; d < D; d += LANES) store(values + d, mul(load(values + d), all(shrink)));
         }
-        i64 g = 0;
-        const T* first = v + s0 * c.v_token;
-        for (; g + 4 <= G; g += 4)
-            weigh<T, 4>(first, c.v_token, n, scores.data() + g * BLOCK, part.values + g * D, D);
-        for (; g < G; ++g)
-            weigh<T, 1>(first, c.v_token, n, scores.data() + g * BLOCK, part.values + g * D, D);
+        in_blocks<LANES / 2>(G, [&](i64 g, auto GB) {
+            weigh<T, GB()>(v + s0 * c.v_token, c.v_token, n, scores.data() + g * BLOCK, part.values + g * D, D);
+        });
     }
 }
 
@@ -140,4 +161,4 @@ void attend(const Queries<T>& c, const Parts& parts, float scale, Partial& sum, 
     }
 }
 
-}  // namespace
+}  // namespace quintet

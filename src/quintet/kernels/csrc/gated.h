@@ -3,7 +3,7 @@
 #include "groups.h"
 #include "rows.h"
 
-namespace {
+namespace quintet {
 
 // Numbers [from, to) of silu(gate x) · up x for n vectors, each `row` from the one before; `made` is
 // room to work in.
@@ -151,4 +151,4 @@ void sum_experts(const Experts& of, const Plan& plan, i64 N, const Inputs<Matrix
         });
 }
 
-}  // namespace
+}  // namespace quintet

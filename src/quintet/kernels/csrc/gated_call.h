@@ -5,7 +5,7 @@
 #include "gated.h"
 #include "routing.h"
 
-namespace {
+namespace quintet {
 
 template <class Matrix, class T>
 struct GatedCall {
@@ -55,7 +55,7 @@ void gated(const GatedCall<Matrix, T>& c) {
     }
 }
 
-}  // namespace
+}  // namespace quintet
 
 #define QUINTET_GATED(name, Matrix, T)          \
     using Gated_##name = GatedCall<Matrix, T>;  \

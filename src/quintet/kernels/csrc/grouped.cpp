@@ -6,6 +6,8 @@
 #include "routing.h"
 #include "span.h"
 
+using namespace quintet;
+
 namespace {
 
 constexpr i64 BLOCK = 288;  // tokens at most that go through an expert together

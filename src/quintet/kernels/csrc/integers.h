@@ -1,4 +1,4 @@
-// Matrices of 8-bit and 4-bit integers.
+// Vectors as matrices of integers take them.
 //
 // A vector is rounded to 16-bit integers, each 256 neighbours with a scale of their own, or each 64
 // where the numbers of one 64 are far larger than those of another: always far finer than the bfloat16
@@ -7,7 +7,7 @@
 #pragma once
 #include "matrix.h"
 
-namespace {
+namespace quintet {
 
 // How far ahead of its use a line of integers is asked for, in bytes, into the second cache: the
 // first has too few places for lines on their way, and they then come at half the speed.
@@ -93,6 +93,39 @@ inline void store_words(int16_t* p, F x) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(w));
 }
 #endif
+// The sum of all lanes, and of those of four vectors.
+inline int32_t total(Words x) {
+#if defined(__AVX512F__)
+    const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64(x, 1));
+#else
+    const __m256i half = x;
+#endif
+    __m128i four = _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+    four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4E));
+    return _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xB1)));
+}
+#if defined(__AVX512F__)
+inline __m128i totals(Words a, Words b, Words c, Words d) {
+    const Words ab = add_words(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+    const Words cd = add_words(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+    const Words four = add_words(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+    const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(four), _mm512_extracti64x4_epi64(four, 1));
+    return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+}
+#endif
+
+// acc[r] += by · the sum of all lanes of sums[r].
+template <int R>
+__attribute__((always_inline)) inline void add_totals(const Words (&sums)[R], float by, float* acc) {
+#if defined(__AVX512F__)
+    if constexpr (R == 4) {
+        const __m128 four = _mm_cvtepi32_ps(totals(sums[0], sums[1], sums[2], sums[3]));
+        return _mm_storeu_ps(acc, _mm_fmadd_ps(four, _mm_set1_ps(by), _mm_loadu_ps(acc)));
+    }
+#endif
+    for (int r = 0; r < R; ++r) acc[r] = std::fma(float(total(sums[r])), by, acc[r]);
+}
+
 constexpr int WORDS = 32 / HALVES;  // 16-bit integers a vector holds
 
 // A vector in groups of 64 neighbours, x ≈ values · scale, with zeros behind its end. Four groups are a
@@ -158,202 +191,6 @@ inline F products(const Wide& w, const int16_t* x) {
     return to_float(sum);
 }
 
-// Sums of R rows and MB vectors: in registers, or in memory where those are taken.
-template <int R, int MB, bool MEMORY>
-struct Sums {
-    F of[R][MB];
-    Sums() {
-        for (auto& row : of)
-            for (F& sum : row) sum = zero();
-    }
-    F get(int r, int m) const { return of[r][m]; }
-    void set(int r, int m, F sum) { of[r][m] = sum; }
-    void settle() {}
-};
-template <int R, int MB>
-struct Sums<R, MB, true> {
-    alignas(64) float of[R][MB][LANES] = {};
-    F get(int r, int m) const { return load(of[r][m]); }
-    void set(int r, int m, F sum) { store(of[r][m], sum); }
-    void settle() { asm volatile("" : : "r"(&of[0][0][0]) : "memory"); }
-};
-
-// q (O, I) with a scale for each row.
-struct Int8 {
-    using Input = Rounded;
-    using Stored = int8_t;
-    using Scale = float;
-    const int8_t* q;
-    const float* scale;
-    i64 I;
-
-    i64 bytes() const { return I; }
-    static Bytes bytes(i64 O, i64 I, i64) { return {O * I, O * i64(sizeof(float))}; }
-
-    void rows(const Input* x, i64 M, i64 from, i64 to, const Products& put) const {
-        constexpr int MOST = LANES == 16 ? 4 : 2, ROWS = LANES == 16 ? 4 : 2;
-        i64 o = from;
-        for (; M > 1 && o + ROWS <= to; o += ROWS)
-            in_blocks<MOST>(M, [&](i64 m, auto n) { block<ROWS, n()>(x, m, o, put); });
-        for (; o < to; ++o)
-            in_blocks<MOST>(M, [&](i64 m, auto n) { block<1, n()>(x, m, o, put); });
-    }
-
-  private:
-    // R rows by MB vectors, whose products are integers over a span. What is fetched meanwhile lies ahead
-    // of a single row, or is the next R rows in the order in which memory has them.
-    template <int R, int MB>
-    void block(const Input* x, i64 m0, i64 o, const Products& put) const {
-        const int8_t* p = q + o * I;
-        const int8_t* next = p + R * I;
-        // Integers have one sum whatever the order: of few, several at a time.
-        constexpr int WAYS = R * MB == 1 ? 4 : R * MB <= 8 ? 2 : 1;
-        Sums<R, MB, (R * MB > 8)> acc;
-        for (i64 start = 0; start < I; start += SPAN) {
-            Words all_sums[WAYS][R][MB];
-            for (auto& sums : all_sums)
-                for (int r = 0; r < R; ++r)
-                    for (int m = 0; m < MB; ++m) sums[r][m] = no_words();
-            const auto step = [&](const int8_t* from, i64 apart, i64 at, Words (&sums)[R][MB]) __attribute__((always_inline)) {
-                Words w[R];
-#pragma GCC unroll 4
-                for (int r = 0; r < R; ++r) w[r] = widen_signed(from + r * apart);
-#pragma GCC unroll 6
-                for (int m = 0; m < MB; ++m) {
-                    const Words xm = words(x[m0 + m].values + at);
-#pragma GCC unroll 4
-                    for (int r = 0; r < R; ++r) sums[r][m] = pair_products(sums[r][m], w[r], xm);
-                }
-            };
-            // The registers are for the integers.
-            acc.settle();
-            const auto add_up = [&](int m, float by) __attribute__((always_inline)) {
-#pragma GCC unroll 4
-                for (int r = 0; r < R; ++r) {
-                    Words total = all_sums[0][r][m];
-                    for (int way = 1; way < WAYS; ++way) total = add_words(total, all_sums[way][r][m]);
-                    acc.set(r, m, fma(to_float(total), all(by), acc.get(r, m)));
-                    for (auto& sums : all_sums) sums[r][m] = no_words();
-                }
-            };
-            const auto end_group = [&](i64 at) __attribute__((always_inline)) {
-#pragma GCC unroll 4
-                for (int m = 0; m < MB; ++m)
-                    if (__builtin_expect(x[m0 + m].splits[start / SPAN], 0)) add_up(m, x[m0 + m].scale[at / GROUP]);
-            };
-            const i64 end = std::min(start + SPAN, I);
-            i64 i = start;
-            for (; i + GROUP <= end; i += GROUP) {
-                if (R == 1) prefetch<_MM_HINT_T1>(p + i, AHEAD);
-                else if (m0 == 0)
-                    for (int r = 0; r < R; ++r) prefetch<_MM_HINT_T1>(next + i * R + r * GROUP, 0);
-#pragma GCC unroll 4
-                for (int h = 0; h < 2 * HALVES; ++h) step(p + i + h * WORDS, I, i + h * WORDS, all_sums[h % WAYS]);
-                end_group(i);
-            }
-            if (i < end) {
-                alignas(64) int8_t rest[R][GROUP] = {};
-                for (int r = 0; r < R; ++r) std::memcpy(rest[r], p + r * I + i, size_t(end - i));
-                for (int h = 0; h < 2 * HALVES; ++h) step(rest[0] + h * WORDS, GROUP, i + h * WORDS, all_sums[h % WAYS]);
-                end_group(i);
-            }
-#pragma GCC unroll 4
-            for (int m = 0; m < MB; ++m)
-                if (!x[m0 + m].splits[start / SPAN]) add_up(m, x[m0 + m].scale[start / GROUP]);
-        }
-        for (int m = 0; m < MB; ++m) {
-            float made[R];
-            const auto lanes = [&](int r) { return acc.get(r, m); };
-            row_sums<R>(lanes, made);
-            for (int r = 0; r < R; ++r) put(m0 + m, o + r, made[r] * scale[o + r]);
-        }
-    }
-};
-
-// Groups of 64 along each row, 32 bytes a group: byte j has number j + 8 low and j + 32 high; a
-// scale for each group.
-struct Int4 {
-    using Input = Rounded;
-    using Stored = uint8_t;
-    using Scale = bf16;
-    const uint8_t* q;
-    const bf16* scale;
-    i64 I;
-
-    i64 groups() const { return (I + GROUP - 1) / GROUP; }
-    i64 bytes() const { return groups() * (GROUP / 2 + 2); }
-    static Bytes bytes(i64 O, i64 I, i64) {
-        const i64 G = O * ((I + GROUP - 1) / GROUP);
-        return {G * (GROUP / 2), G * i64(sizeof(bf16))};
-    }
-
-    void rows(const Input* x, i64 M, i64 from, i64 to, const Products& put) const {
-        constexpr int MOST = LANES == 16 ? 6 : 2;
-        if (M == 1) {
-            for (i64 o = from; o < to; ++o) block<1, 1, true>(x, 0, o, put);
-            return;
-        }
-        i64 o = from;
-        for (; o + 2 <= to; o += 2)
-            in_blocks<MOST>(M, [&](i64 m, auto n) { block<2, n(), false>(x, m, o, put); });
-        for (; o < to; ++o)
-            in_blocks<MOST>(M, [&](i64 m, auto n) { block<1, n(), false>(x, m, o, put); });
-    }
-
-  private:
-    static Wide wide(const uint8_t* p) {
-        Wide w;
-#pragma GCC unroll 2
-        for (int h = 0; h < HALVES; ++h) {
-            const Words both = widen_unsigned(p + h * WORDS);
-            w.parts[h] = low_half(both);
-            w.parts[HALVES + h] = high_half(both);
-        }
-        return w;
-    }
-
-    template <int R, int MB, bool LINE>
-    void block(const Input* x, i64 m0, i64 o, const Products& put) const {
-        const i64 G = groups(), stride = G * (GROUP / 2);
-        const uint8_t* p = q + o * stride;
-        const uint8_t* next = p + R * stride;
-        F acc[R][MB];
-        for (int r = 0; r < R; ++r)
-            for (int m = 0; m < MB; ++m) acc[r][m] = zero();
-        for (i64 g0 = 0; g0 < G; g0 += LANES) {
-            const i64 n = std::min(i64(LANES), G - g0);
-            alignas(64) float by[R][MB][LANES];
-            for (int r = 0; r < R; ++r) {
-                const bf16* s = scale + (o + r) * G + g0;
-                const F scales = n == LANES ? load(s) : load(s, n);
-                for (int m = 0; m < MB; ++m) {
-                    store(by[r][m], mul(scales, load(x[m0 + m].scale + g0)));
-                    acc[r][m] = fma(scales, load(x[m0 + m].offset + g0), acc[r][m]);
-                }
-            }
-            for (i64 j = 0; j < n; ++j) {
-                const i64 g = g0 + j;
-                Wide w[R];
-#pragma GCC unroll 2
-                for (int r = 0; r < R; ++r) {
-                    if (LINE && g % 2 == 0) prefetch<_MM_HINT_T1>(p + g * 32, AHEAD);
-                    if (!LINE && m0 == 0) prefetch<_MM_HINT_T1>(next + (g * R + r) * 32, 0);
-                    w[r] = wide(p + r * stride + g * 32);
-                }
-#pragma GCC unroll 6
-                for (int m = 0; m < MB; ++m) {
-                    const int16_t* xg = x[m0 + m].group(g);
-#pragma GCC unroll 2
-                    for (int r = 0; r < R; ++r)
-                        acc[r][m] = fma(products(w[r], xg), all(by[r][m][j]), acc[r][m]);
-                }
-            }
-        }
-        for (int m = 0; m < MB; ++m)
-            for (int r = 0; r < R; ++r) put(m0 + m, o + r, sum(acc[r][m]));
-    }
-};
-
 struct QuantizedInputs {
     std::vector<Words> values;  // of a type that is aligned as loads want it
     std::vector<float> scales, offsets;
@@ -400,13 +237,5 @@ struct QuantizedInputs {
         return reinterpret_cast<int16_t*>(values.data() + at * 2 * HALVES);
     }
 };
-template <>
-struct Inputs<Int8> : QuantizedInputs {
-    using QuantizedInputs::QuantizedInputs;
-};
-template <>
-struct Inputs<Int4> : QuantizedInputs {
-    using QuantizedInputs::QuantizedInputs;
-};
 
-}  // namespace
+}  // namespace quintet

@@ -1,6 +1,8 @@
 // Latent attention by itself.
 #include "latent.h"
 
+using namespace quintet;
+
 namespace {
 
 struct Call {

@@ -3,7 +3,7 @@
 #pragma once
 #include "attention.h"
 
-namespace {
+namespace quintet {
 
 // w (H, Dn + Dv, R) is whole; q_latent and mixed, each (B, T, H, R), are room to compute in; out is
 // (B, T, H, Dv). Sequences begin `apart` tokens from one `first` to the next.
@@ -132,4 +132,4 @@ inline void attend(const Latent& a, float scale, const Division& division, float
     map_values(a);
 }
 
-}  // namespace
+}  // namespace quintet

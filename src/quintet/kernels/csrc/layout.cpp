@@ -3,6 +3,8 @@
 
 #include "stack.h"
 
+using namespace quintet;
+
 namespace {
 
 using Matrix = Int8;
@@ -83,7 +85,7 @@ std::string layout() {
 
 }  // namespace
 
-extern "C" const char* quintet_layout() {
+extern "C" __attribute__((visibility("default"))) const char* quintet_layout() {
     static const std::string made = layout();
     return made.c_str();
 }

@@ -3,7 +3,7 @@
 #include "groups.h"
 #include "rows.h"
 
-namespace {
+namespace quintet {
 
 // W (O, I) and b (O) or null. The stride is how far rows of numbers are apart, or the layout of groups.
 struct Weight {
@@ -80,4 +80,4 @@ void map_rows(const Map<T>* maps, i64 count, const typename Matrix::Input* x, i6
     }
 }
 
-}  // namespace
+}  // namespace quintet

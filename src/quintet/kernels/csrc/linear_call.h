@@ -4,7 +4,7 @@
 
 #include "linear.h"
 
-namespace {
+namespace quintet {
 
 template <class Matrix, class T>
 struct LinearCall {
@@ -41,7 +41,7 @@ void linears(const LinearCall<Matrix, T>& c) {
     }
 }
 
-}  // namespace
+}  // namespace quintet
 
 #define QUINTET_LINEAR(name, Matrix, T)           \
     using Linear_##name = LinearCall<Matrix, T>;  \

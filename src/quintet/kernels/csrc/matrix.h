@@ -5,10 +5,11 @@
 // once and serves for all rows. One thread reads its rows as one line of memory: several lines at a
 // time halve the bandwidth here.
 #pragma once
-#include "product.h"
+#include <vector>
+
 #include "span.h"
 
-namespace {
+namespace quintet {
 
 // Below this many bytes of weights, waking the other threads takes longer than it saves.
 constexpr i64 SMALL = 16384;
@@ -47,6 +48,10 @@ inline void in_blocks(i64 M, Fn&& fn) {
             if (n == 5) fn(m, std::integral_constant<int, 5>());
         if constexpr (MOST >= 6)
             if (n == 6) fn(m, std::integral_constant<int, 6>());
+        if constexpr (MOST >= 7)
+            if (n == 7) fn(m, std::integral_constant<int, 7>());
+        if constexpr (MOST >= 8)
+            if (n == 8) fn(m, std::integral_constant<int, 8>());
     }
 }
 
@@ -72,84 +77,7 @@ struct Plain {
     i64 bytes() const { return I * i64(sizeof(T)); }
     static Bytes bytes(i64 O, i64 I, i64 stride) { return {reach({{O, stride}, {I, 1}}) * i64(sizeof(T)), 0}; }
 
-    void rows(const Input* x, i64 M, i64 from, i64 to, const Products& put) const {
-        if constexpr (std::is_same_v<T, bf16>)
-            if (M >= PACKED) return packed(x, M, from, to, put);
-        constexpr int MOST = LANES == 16 ? 6 : 2;
-        i64 o = from;
-        for (; M > 1 && o + 4 <= to; o += 4)
-            in_blocks<MOST>(M, [&](i64 m, auto n) { block<4, n()>(x, m, o, put); });
-        for (; o < to; ++o)
-            in_blocks<MOST>(M, [&](i64 m, auto n) { block<1, n()>(x, m, o, put); });
-    }
-
-  private:
-    // From so many vectors on, packing rows for them pays.
-        static constexpr i64 PACKED = 10;
-
-    // R rows by MB vectors. While the first block of vectors computes, the next R rows are on their
-    // way, in the order in which memory has them; of a single row the processor sees best what comes next.
-    template <int R, int MB>
-    void block(const Input* x, i64 m0, i64 o, const Products& put) const {
-        using C = Chunk<T>;
-        constexpr i64 N = C::SIZE;
-        const T* p = w + o * stride;
-        const T* next = p + R * stride;
-        F acc[R][MB];
-        for (int r = 0; r < R; ++r)
-            for (int m = 0; m < MB; ++m) acc[r][m] = zero();
-        i64 i = 0;
-        for (; i + N <= I; i += N) {
-            typename C::V wv[R];
-#pragma GCC unroll 4
-            for (int r = 0; r < R; ++r) {
-                if (R * MB > 1 && m0 == 0) prefetch<_MM_HINT_T1>(next + i * R + r * N, 0);
-                wv[r] = C::at(p + r * stride + i);
-            }
-#pragma GCC unroll 6
-            for (int m = 0; m < MB; ++m) {
-                const typename C::V xv = C::at(x[m0 + m] + i);
-#pragma GCC unroll 4
-                for (int r = 0; r < R; ++r) acc[r][m] = C::dot_to(acc[r][m], wv[r], xv);
-            }
-        }
-        if (i < I)
-            for (int m = 0; m < MB; ++m)
-                for (int r = 0; r < R; ++r)
-                    acc[r][m] = C::dot_to(acc[r][m], C::at(p + r * stride + i, I - i),
-                                          C::at(x[m0 + m] + i, I - i));
-        for (int m = 0; m < MB; ++m) {
-            float made[R];
-            const auto lanes = [&](int r) { return acc[r][m]; };
-            row_sums<R>(lanes, made);
-            for (int r = 0; r < R; ++r) put(m0 + m, o + r, made[r]);
-        }
-    }
-
-    // The same sums by panels of rows, each read once for all vectors.
-    void packed(const Input* x, i64 M, i64 from, i64 to, const Products& put) const {
-        static thread_local Scratch scratch;
-        const i64 row = row_size(I), tiles = (M + TILE - 1) / TILE;
-        scratch.open(Scratch::room<uint32_t>(M * row) + Scratch::room<uint32_t>(panel_size(I)));
-        uint32_t *arranged = scratch.take<uint32_t>(M * row), *panel = scratch.take<uint32_t>(panel_size(I));
-        for (i64 m = 0; m < M; ++m) arrange(x[m], I, arranged + m * row);
-        const auto panel_at = [&](i64 o) { return panel_of(w + o * stride, stride, to - o); };
-        for (i64 o = from; o < to; o += 2 * LANES) {
-            const i64 columns = std::min<i64>(2 * LANES, to - o);
-            pack(panel_at(o), I, panel);
-            Ahead ahead(panel_at(std::min(o + 2 * LANES, to - 1)), tiles);
-            for (i64 t = 0; t < tiles; ++t) {
-                const i64 m = M * t / tiles, size = M * (t + 1) / tiles - m;
-                float* out = put.out + m * put.width + o - put.from;
-                few_rows(size, panel, arranged + m * row, I, ahead, [&](int r, F low, F high) __attribute__((always_inline)) {
-                    float* y = out + r * put.width;
-                    if (columns == 2 * LANES) return store(y, low), store(y + LANES, high);
-                    store(y, low, std::min<i64>(LANES, columns));
-                    if (columns > LANES) store(y + LANES, high, columns - LANES);
-                });
-            }
-        }
-    }
+    void rows(const Input* x, i64 M, i64 from, i64 to, const Products& put) const;
 };
 
 // What of M vectors (M, I) a matrix multiplies: pointers to them, or their groups. They are there
@@ -169,4 +97,4 @@ struct Inputs<Plain<T>> {
     }
 };
 
-}  // namespace
+}  // namespace quintet

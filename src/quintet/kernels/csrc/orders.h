@@ -4,7 +4,7 @@
 #pragma once
 #include "product.h"
 
-namespace {
+namespace quintet {
 
 // As `tile` sums, whose rows of x are arranged.
 struct ByLanes {
@@ -96,4 +96,4 @@ struct Along {
     }
 };
 
-}  // namespace
+}  // namespace quintet

@@ -5,6 +5,8 @@
 #include "orders.h"
 #include "span.h"
 
+using namespace quintet;
+
 namespace {
 
 constexpr i64 PACKED = i64(1) << 20;  // bytes of panels that fit the second-level cache

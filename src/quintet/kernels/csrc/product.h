@@ -8,7 +8,7 @@
 #pragma once
 #include "tiles.h"
 
-namespace {
+namespace quintet {
 
 constexpr int TILE = LANES == 16 ? 12 : 4;  // rows whose sums are in registers at once
 
@@ -26,47 +26,6 @@ inline Panel panel_of(const bf16* gate, const bf16* up, i64 stride, i64 rows) {
     rows = std::clamp<i64>(rows, 0, LANES);
     return {gate, up, rows, rows, stride};
 }
-
-#if defined(__AVX512F__)
-// rows[i] lane j <- rows[j] lane i.
-inline void transpose(Pairs* rows) {
-    Pairs t[16];
-    for (int i = 0; i < 8; ++i) {
-        t[2 * i] = _mm512_unpacklo_epi32(rows[2 * i], rows[2 * i + 1]);
-        t[2 * i + 1] = _mm512_unpackhi_epi32(rows[2 * i], rows[2 * i + 1]);
-    }
-    for (int i = 0; i < 4; ++i) {
-        const Pairs *a = t + 4 * i, *b = a + 2;
-        Pairs* to = rows + 4 * i;
-        to[0] = _mm512_unpacklo_epi64(a[0], b[0]);
-        to[1] = _mm512_unpackhi_epi64(a[0], b[0]);
-        to[2] = _mm512_unpacklo_epi64(a[1], b[1]);
-        to[3] = _mm512_unpackhi_epi64(a[1], b[1]);
-    }
-    for (int i = 0; i < 8; ++i) {
-        const Pairs *a = rows + i / 4 * 8 + i % 4, *b = a + 4;
-        Pairs* to = t + i / 4 * 8 + i % 4;
-        to[0] = _mm512_shuffle_i32x4(*a, *b, 0x88);
-        to[4] = _mm512_shuffle_i32x4(*a, *b, 0xdd);
-    }
-    for (int i = 0; i < 8; ++i) {
-        Pairs* to = rows + i % 4 + i / 4 * 4;
-        to[0] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-        to[8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-    }
-}
-#else
-inline void transpose(Pairs* rows) {
-    uint32_t from[LANES][LANES], to[LANES][LANES];
-    std::memcpy(from, rows, sizeof(from));
-    for (int i = 0; i < LANES; ++i)
-        for (int j = 0; j < LANES; ++j) to[i][j] = from[j][i];
-    std::memcpy(rows, to, sizeof(to));
-}
-#endif
-
-// How many vectors of pairs go along a row of I numbers, the last one filled up with zeros.
-inline i64 steps(i64 I) { return (I + 2 * LANES - 1) / (2 * LANES); }
 
 // From a lane's pairs to the next one's, in a panel and in a row of x: at distances that do not put
 // many into the same few places of a cache.
@@ -193,4 +152,4 @@ inline void store_both(bf16* y, F low, F high, i64 columns) {
     }
 }
 
-}  // namespace
+}  // namespace quintet

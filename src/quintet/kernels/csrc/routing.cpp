@@ -3,6 +3,8 @@
 
 #include "routing.h"
 
+using namespace quintet;
+
 namespace {
 
 // Products below which one thread does it all.

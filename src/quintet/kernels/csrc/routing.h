@@ -3,7 +3,7 @@
 #pragma once
 #include "matrix.h"
 
-namespace {
+namespace quintet {
 
 // Of logits (N, E) = x (N, C) · weight (E, C), summed in float32, those of the experts [from, to): a
 // row of the weight is read once.
@@ -155,4 +155,4 @@ class Router {
     std::vector<i64> groups_, ranked_;
 };
 
-}  // namespace
+}  // namespace quintet

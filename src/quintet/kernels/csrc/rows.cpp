@@ -5,6 +5,8 @@
 
 #include "span.h"
 
+using namespace quintet;
+
 namespace {
 
 // Numbers below which one thread does it all.

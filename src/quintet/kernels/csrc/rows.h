@@ -2,7 +2,7 @@
 #pragma once
 #include "simd.h"
 
-namespace {
+namespace quintet {
 
 template <class T, class Fn>
 inline void each_vector(i64 n, Fn&& fn) {
@@ -65,4 +65,4 @@ void rotate_neighbours(const T* x, T* y, const T* cos, const T* sin, i64 D) {
     }
 }
 
-}  // namespace
+}  // namespace quintet

@@ -6,6 +6,8 @@
 #include "rows.h"
 #include "span.h"
 
+using namespace quintet;
+
 namespace {
 
 template <class T>

@@ -1,6 +1,8 @@
 // What becomes of logits before a token is chosen.
 #include "span.h"
 
+using namespace quintet;
+
 namespace {
 
 // Of the ids (B, T) those count that are kept.

@@ -2,7 +2,7 @@
 #pragma once
 #include "span.h"
 
-namespace {
+namespace quintet {
 
 // Tokens of one sequence, one behind the other.
 struct Sequence {
@@ -66,4 +66,4 @@ struct Parts {
     i64 to(i64 i) const { return std::min(end, part_start(first + i + 1)); }
 };
 
-}  // namespace
+}  // namespace quintet

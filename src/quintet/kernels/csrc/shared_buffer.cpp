@@ -1,6 +1,8 @@
 // Sums and joins of what processes of one machine have.
 #include "shared_buffer.h"
 
+using namespace quintet;
+
 namespace {
 
 enum Kind : i64 { BF16, F32, F64, I64, I32 };

@@ -16,7 +16,7 @@
 #include "rows.h"
 #include "span.h"
 
-namespace {
+namespace quintet {
 
 // Waiting for a process that computes takes microseconds, for one whose core is taken a time slice.
 constexpr int SPINS = 2000, YIELDS = 2000;
@@ -46,7 +46,7 @@ struct SharedBuffer {
                     each_vector<T>(some, [&](i64 i, auto last) {
                         F all = get(reinterpret_cast<const T*>(read(0)), i, some, last);
                         for (i64 p = 1; p < count; ++p)
-                            all = ::add(all, get(reinterpret_cast<const T*>(read(p)), i, some, last));
+                            all = quintet::add(all, get(reinterpret_cast<const T*>(read(p)), i, some, last));
                         set(x + from, i, some, all, last);
                     });
                 } else {
@@ -136,4 +136,4 @@ struct SharedBuffer {
     }
 };
 
-}  // namespace
+}  // namespace quintet

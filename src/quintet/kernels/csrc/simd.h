@@ -10,7 +10,7 @@
 #include <cstdint>
 #include <cstring>
 
-namespace {
+namespace quintet {
 
 using i64 = int64_t;
 struct bf16 {
@@ -268,4 +268,4 @@ struct Share {
     Share(i64 n, i64 thread, i64 threads) : from(n * thread / threads), to(n * (thread + 1) / threads) {}
 };
 
-}  // namespace
+}  // namespace quintet

@@ -8,7 +8,7 @@
 
 #include "simd.h"
 
-namespace {
+namespace quintet {
 
 // How many there are along an axis, and how far apart.
 struct Axis {
@@ -73,11 +73,11 @@ const T* behind(const Call* call) {
     return reinterpret_cast<const T*>(call + 1);
 }
 
-}  // namespace
+}  // namespace quintet
 
 // `run` of `Call` as a function that Python finds.
 #define QUINTET_ENTRY(name, Call, ...)                                            \
-    extern "C" i64 quintet_##name(const void* fields, i64 bytes) {                \
+    extern "C" __attribute__((visibility("default"))) int64_t quintet_##name(const void* fields, int64_t bytes) { \
         return enter<Call>(fields, bytes, [](const Call& c) { __VA_ARGS__(c); }); \
     }
 

@@ -8,7 +8,7 @@
 #include "accumulate.h"
 #include "sequences.h"
 
-namespace {
+namespace quintet {
 
 constexpr int CHUNK = 64;
 
@@ -242,4 +242,4 @@ struct Mixer {
     }
 };
 
-}  // namespace
+}  // namespace quintet

@@ -3,6 +3,8 @@
 
 #include <omp.h>
 
+using namespace quintet;
+
 namespace {
 
 struct Texts {

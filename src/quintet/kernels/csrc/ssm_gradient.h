@@ -11,7 +11,7 @@
 
 #include "ssm.h"
 
-namespace {
+namespace quintet {
 
 constexpr i64 SPAN = 32;
 
@@ -285,4 +285,4 @@ struct Gradient {
     }
 };
 
-}  // namespace
+}  // namespace quintet

@@ -14,7 +14,7 @@
 #include "parts/mlp.h"
 #include "parts/shared_mlp.h"
 
-namespace {
+namespace quintet {
 
 // As `quintet.kernels.parts` numbers them.
 enum Kind : i64 { ATTENTION, MLP, MIXER, SHARED_MLP, EXPERTS, LATENT, FINAL_NORM };
@@ -86,7 +86,7 @@ struct Stack {
         if (angles != M && !std::all_of(all.begin(), all.end(), [this](const Sequence& s) { return s.length == angles; }))
             return false;
         for (i64 i = 0; i < count; ++i) {
-            const auto of_kind = [&](auto* kind) { return ::fits(kind, part(i), tokens()); };
+            const auto of_kind = [&](auto* kind) { return quintet::fits(kind, part(i), tokens()); };
             if (!with_kind<Matrix, T>(parts[i].kind, of_kind)) return false;
             if (parts[i].summed && !shared_buffer.fits()) return false;
         }
@@ -131,7 +131,7 @@ void stack(const Stack<Matrix, T>& s) {
     }
 }
 
-}  // namespace
+}  // namespace quintet
 
 #define QUINTET_STACK(name, Matrix, T)    \
     using Stack_##name = Stack<Matrix, T>; \

@@ -3,6 +3,8 @@
 
 #include "groups.h"
 
+using namespace quintet;
+
 namespace {
 
 template <class Matrix, class T>

@@ -2,7 +2,7 @@
 #pragma once
 #include "part.h"
 
-namespace {
+namespace quintet {
 
 // D and U are null where there is no addition.
 struct Adapted {
@@ -57,4 +57,4 @@ class AdaptedMaps {
     T *made_[N], *low_[N], *added_[N];
 };
 
-}  // namespace
+}  // namespace quintet

@@ -3,7 +3,7 @@
 #include "../decode.h"
 #include "adapted.h"
 
-namespace {
+namespace quintet {
 
 // Below so many keys, waiting for other threads takes longer than they save.
 constexpr i64 FEW_KEYS = 512;
@@ -179,4 +179,4 @@ class AttentionPart {
     float* const sums_;
 };
 
-}  // namespace
+}  // namespace quintet

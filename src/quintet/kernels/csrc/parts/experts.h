@@ -4,7 +4,7 @@
 #include "../routing.h"
 #include "part.h"
 
-namespace {
+namespace quintet {
 
 template <class Matrix, class T>
 class ExpertsPart {
@@ -128,4 +128,4 @@ class ExpertsPart {
     T *const rounded_, *const shared_, *const added_, *const hidden_;
 };
 
-}  // namespace
+}  // namespace quintet

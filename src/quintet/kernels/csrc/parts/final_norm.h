@@ -2,7 +2,7 @@
 #pragma once
 #include "part.h"
 
-namespace {
+namespace quintet {
 
 template <class Matrix, class T>
 class FinalNormPart {
@@ -33,4 +33,4 @@ class FinalNormPart {
     const Tokens& s_;
 };
 
-}  // namespace
+}  // namespace quintet

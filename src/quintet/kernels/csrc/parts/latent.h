@@ -3,7 +3,7 @@
 #include "../latent.h"
 #include "part.h"
 
-namespace {
+namespace quintet {
 
 template <class Matrix>
 class LatentPart {
@@ -123,4 +123,4 @@ class LatentPart {
     float* const sums_;
 };
 
-}  // namespace
+}  // namespace quintet

@@ -3,7 +3,7 @@
 #include "../ssm.h"
 #include "part.h"
 
-namespace {
+namespace quintet {
 
 template <class Matrix, class T>
 class MixerPart {
@@ -73,4 +73,4 @@ class MixerPart {
     const Mixer<T> mixer_;
 };
 
-}  // namespace
+}  // namespace quintet

@@ -3,7 +3,7 @@
 #include "../gated.h"
 #include "part.h"
 
-namespace {
+namespace quintet {
 
 template <class Matrix, class T>
 class MLPPart {
@@ -41,4 +41,4 @@ class MLPPart {
     T *const hidden_, *const added_;
 };
 
-}  // namespace
+}  // namespace quintet

@@ -6,7 +6,7 @@
 #include "../rows.h"
 #include "../sequences.h"
 
-namespace {
+namespace quintet {
 
 // What is normalised: x, what lies beside it, their sum, or x with the embeddings behind it, 2C wide.
 enum Source : i64 { HIDDEN, BESIDE, SUM, WITH_EMBEDS };
@@ -109,7 +109,7 @@ struct Member {
         for (i64 m = 0; m < s.all(); ++m) {
             T* sum = to + m * C + mine.from;
             const T* more = y + m * C + mine.from;
-            each_vector<T>(n, [&](i64 i, auto last) { set(sum, i, n, ::add(get(sum, i, n, last), get(more, i, n, last)), last); });
+            each_vector<T>(n, [&](i64 i, auto last) { set(sum, i, n, quintet::add(get(sum, i, n, last), get(more, i, n, last)), last); });
         }
     }
 
@@ -190,4 +190,4 @@ struct Normed {
     }
 };
 
-}  // namespace
+}  // namespace quintet

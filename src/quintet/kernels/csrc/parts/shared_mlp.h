@@ -3,7 +3,7 @@
 #pragma once
 #include "adapted.h"
 
-namespace {
+namespace quintet {
 
 template <class Matrix, class T>
 class SharedMLPPart {
@@ -57,4 +57,4 @@ class SharedMLPPart {
     T *const hidden_, *const made_;
 };
 
-}  // namespace
+}  // namespace quintet
