@@ -85,7 +85,7 @@ class InputError(QuintetError, ValueError):
 
 
 class ContextLengthError(InputError):
-    """More tokens were asked for than the model, or the preallocated cache, has room for."""
+    """More tokens are requested than the model, or the preallocated cache, has room for."""
 
 
 class GrammarError(InputError):

@@ -56,7 +56,7 @@ def sampler_of(
     options: dict[str, Any], prompt: TokenBuffer, V: int, seed: int, own: Any = ()
 ) -> Sampler:
     config = GenerationConfig(eos_token_id=5, **options)
-    made = assemble(config, Setting(prompt=prompt, room=9, vocab_size=V), own)
+    made = assemble(config, Setting(prompt=prompt, max_new_tokens=9, vocab_size=V), own)
     generator = torch.Generator().manual_seed(seed)
     return Sampler(made, do_sample=bool(config.do_sample), generators=[generator])
 
@@ -106,7 +106,8 @@ def test_numbers_of_rows_warp_each_as_its_own(name: str, V: int) -> None:
     for value in WARPS[name]:
         config = GenerationConfig(do_sample=True, **{"top_k": 0, name: value})
         made = assemble(
-            config, Setting(prompt=TokenBuffer(torch.ones(1, 1).long()), room=1, vocab_size=V)
+            config,
+            Setting(prompt=TokenBuffer(torch.ones(1, 1).long()), max_new_tokens=1, vocab_size=V),
         )
         # Some values ask for nothing.
         warpers.append(made[0] if made else type(warpers[0])(value))

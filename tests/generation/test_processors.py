@@ -155,7 +155,7 @@ def test_the_distribution_is_computed_in_full_precision(dtype: torch.dtype) -> N
     config = GenerationConfig(do_sample=True, top_k=0, top_p=0.8)
 
     def sampler() -> Sampler:
-        setting = Setting(prompt=text, room=1, vocab_size=257)
+        setting = Setting(prompt=text, max_new_tokens=1, vocab_size=257)
         return Sampler(assemble(config, setting), do_sample=True, generators=[seeded()] * 4000)
 
     drawn = sampler().choose(text, rows)
@@ -177,7 +177,7 @@ def test_the_models_logits_are_not_changed(model: Any) -> None:
         eos_token_id=3,
     )
     text = TokenBuffer(torch.tensor([[1, 2], [3, 4]]))
-    processors = assemble(config, Setting(prompt=text, room=5, vocab_size=23))
+    processors = assemble(config, Setting(prompt=text, max_new_tokens=5, vocab_size=23))
     Sampler(processors, do_sample=True).choose(text, logits)
     assert torch.equal(logits, before)
 

@@ -158,7 +158,7 @@ def test_beside_a_row_in_which_many_tokens_tie() -> None:
 
         def sampler(seed: list[int], text: TokenBuffer = text, warps: Any = warps) -> Sampler:
             config = GenerationConfig(do_sample=True, **warps)
-            made = assemble(config, Setting(prompt=text, room=3, vocab_size=200))
+            made = assemble(config, Setting(prompt=text, max_new_tokens=3, vocab_size=200))
             generators = [torch.Generator().manual_seed(one) for one in seed]
             return Sampler(made, do_sample=True, generators=generators)
 

@@ -29,7 +29,7 @@ each_option = pytest.mark.parametrize("options", OPTIONS, ids=str)
 def made(text: TokenBuffer, options: dict[str, Any], own: Any = (), **further: Any) -> Sampler:
     config = GenerationConfig(do_sample=True, **options)
     prompt = TokenBuffer(text.ids[:, :4].clone(), text.padding)
-    processors = assemble(config, Setting(prompt=prompt, room=20, vocab_size=V), own)
+    processors = assemble(config, Setting(prompt=prompt, max_new_tokens=20, vocab_size=V), own)
     return Sampler(processors, do_sample=True, **further)
 
 
@@ -88,7 +88,7 @@ def test_rows_of_different_lengths_are_as_alone() -> None:
     drafts, counts = torch.randint(0, 12, (3, 3)), torch.tensor([3, 1, 2])
     rows = TokenBuffer(prompts.clone(), padding)
     config = GenerationConfig(do_sample=True, **options)
-    setting = Setting(prompt=TokenBuffer(prompts, padding), room=2, vocab_size=V)
+    setting = Setting(prompt=TokenBuffer(prompts, padding), max_new_tokens=2, vocab_size=V)
     logits = torch.randn(3, V)
     rows.accept([draft[:n] for draft, n in zip(drafts.tolist(), counts.tolist(), strict=True)])
     assert rows.lengths().tolist() == [9, 3, 6]
@@ -96,7 +96,7 @@ def test_rows_of_different_lengths_are_as_alone() -> None:
     for row in range(3):
         prompt = prompts[row : row + 1, padding[row] :]
         one = TokenBuffer(torch.cat((prompt, drafts[row : row + 1, : counts[row]]), dim=1))
-        single = Setting(prompt=TokenBuffer(prompt), room=2, vocab_size=V)
+        single = Setting(prompt=TokenBuffer(prompt), max_new_tokens=2, vocab_size=V)
         alone = Sampler(assemble(config, single), do_sample=True).scores(one, logits[row : row + 1])
         assert torch.equal(together[row : row + 1], alone)
 

@@ -93,7 +93,7 @@ class Steps:
                     text.error, text.finish_reason = ValueError("its own"), "error"
                 else:
                     text.ids.append(text.ids[-1] + 1)
-                    if len(text.ids) - text.prompt_length == text.room:
+                    if len(text.ids) - text.prompt_length == text.max_new_tokens:
                         text.finish_reason = "length"
             made.append(text.ids[before:])
         return made
@@ -146,7 +146,7 @@ def test_any_interleaving() -> None:
                 # Few beginnings, so that they are met again.
                 first = dice.randrange(3) * 1000
                 text: Any = Text([first + n for n in range(dice.choice((1, 3, 70, 200)))], 0)
-                text.room = dice.randint(1, 12)
+                text.max_new_tokens = dice.randint(1, 12)
                 request = Request(
                     text,
                     lambda one: None,
@@ -186,7 +186,7 @@ def test_any_interleaving() -> None:
             after = request.text.ids[request.text.prompt_length - 1]
             assert made == list(range(after + 1, after + 1 + len(made)))
             if ends and isinstance(ends[0], Answer):
-                assert len(made) == request.text.room
+                assert len(made) == request.text.max_new_tokens
 
 
 def test_a_row_that_nobody_has_is_free_when_the_engine_is_idle() -> None:

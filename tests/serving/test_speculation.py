@@ -139,5 +139,5 @@ def test_drafts_rest_where_few_hold_and_are_tried_again() -> None:
     for _ in range(3 * DRAFTS):
         pacing.learn(3, 3, 2)
         assert pacing.awake
-    pacing.room = 0
+    pacing.limit = 0
     assert not pacing.awake

@@ -59,6 +59,6 @@ class StackedLowRank(NamedTuple):
             return cls(A, torch.cat(B, dim=1), torch.tensor(owner, device=device, dtype=torch.long))
 
     def added(self, x: Tensor, y: Tensor, which: Tensor) -> Tensor:
-        """Return y (..., O) with what is added for x (..., I) by adapters `which` (...)."""
+        """Return y (..., O) plus the additions of adapters `which` (...) for x (..., I)."""
         low = F.linear(x.to(self.A.dtype), self.A) * (which[..., None] == self.owner)
         return (y + F.linear(low, self.B)).to(y.dtype)

@@ -35,7 +35,7 @@ def targeted(layout: ModuleLayout, config: LoraConfig) -> list[Spot]:
 
 
 def expected(layout: ModuleLayout, config: LoraConfig) -> Iterator[str]:
-    """Yield the modules, and biases, that a config says its files have something for."""
+    """Yield the modules and biases that a config has files for."""
     lora = targeted(layout, config)
     yield from (layout.named(spot.path) for spot in lora)
     given = config.trainable_token_indices

@@ -1,4 +1,4 @@
-"""Adapters on the command line: put on a model that is opened, and told of by `quintet info`."""
+"""Adapters on the command line: loaded with a model, and described by `quintet info`."""
 
 import math
 import os

@@ -14,7 +14,7 @@ from quintet.cli.terminal import width
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """A fact that is said in words, and is a value of JSON for programs.
+    """A fact in words, with its value in JSON for programs.
 
     Attributes:
         text: the words; None if only programs are told.

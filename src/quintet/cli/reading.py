@@ -17,7 +17,7 @@ PLACES = 2
 
 @dataclass
 class Turn:
-    """A turn that goes on.
+    """A turn that can be continued.
 
     Attributes:
         cache: of what was read before; None if the options want another, or none.

@@ -26,7 +26,7 @@ def is_address(name: str | None) -> bool:
 
 
 def key_option(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the option that says where the key of a server is."""
+    """Add the option for the file of a server's key."""
     option = click.option(
         "--api-key-file",
         type=click.Path(),

@@ -65,7 +65,7 @@ def parse(words: Iterable[str]) -> dict[str, Any]:
 
 
 def drawn(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options of generate() in which a temperature says whether an answer is drawn.
+    """Return options of generate() in which a temperature turns sampling on or off.
 
     0 takes the likeliest token. Any other one, or another option of sampling, asks for a draw.
 
@@ -99,7 +99,7 @@ def seed_of(value: Any) -> int | None:
 
 
 def applied(config: "GenerationConfig", options: Mapping[str, Any]) -> "GenerationConfig":
-    """Return a config with options that were typed; None leaves one as it is.
+    """Return a config with typed options; None leaves one unchanged.
 
     Raises:
         InputError: there is no such option, or its value breaks a rule.

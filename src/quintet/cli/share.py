@@ -20,7 +20,7 @@ PIECE = 512
 
 
 def room_together() -> int:
-    """Return the bytes that the process with the least may have; all have to ask for it."""
+    """Return the bytes of the process with the least; all processes have to call this."""
     from quintet.ops.device_memory import free_memory
     from quintet.parallel.launch import launched, own_device
 

@@ -1,4 +1,4 @@
-"""Numbers that come in: which a float can be, and how JSON says those that are not finite.
+"""Numbers of inputs: the range of a float, and JSON's spelling of non-finite ones.
 
 Transformers writes {"__float__": "Infinity"}.
 """

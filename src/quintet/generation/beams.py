@@ -76,10 +76,10 @@ class _Beams:
     scores: Tensor
 
     @classmethod
-    def empty(cls, B: int, N: int, room: int, pad: int, device: torch.device) -> Self:
+    def empty(cls, B: int, N: int, steps: int, pad: int, device: torch.device) -> Self:
         return cls(
-            torch.full((B, N, room), pad, device=device, dtype=torch.long),
-            torch.full((B, N, room), -1, dtype=torch.int32, device=device),
+            torch.full((B, N, steps), pad, device=device, dtype=torch.long),
+            torch.full((B, N, steps), -1, dtype=torch.int32, device=device),
             torch.full((B, N), _NEVER, device=device, dtype=torch.float32),
         )
 
@@ -100,7 +100,7 @@ def beam_search(run: Generation, options: BeamOptions) -> BeamSearchResult:
     """
     agreement = run.sampler.agreement
     search, output = _Search(run, options), run.output
-    for step in range(run.rooms.most):
+    for step in range(run.limits.most):
         note(run, output)
         if agreement is None:
             follows = search.advance(output, step)
@@ -127,12 +127,12 @@ class _Search:
 
     def __init__(self, run: Generation, options: BeamOptions) -> None:
         N, device = options.num_beams, run.text.ids.device
-        B, room = len(run.text.ids) // N, run.rooms.most
+        B, max_new_tokens = len(run.text.ids) // N, run.limits.most
         self.run, self.options = run, options
-        self.running = _Beams.empty(B, N, room, run.pad, device)
+        self.running = _Beams.empty(B, N, max_new_tokens, run.pad, device)
         # The beams of a prompt begin alike: only the first may be gone on with.
         self.running.scores[:, 0] = 0.0
-        self.ends = _Beams.empty(B, N, room, run.pad, device)
+        self.ends = _Beams.empty(B, N, max_new_tokens, run.pad, device)
         self.ended = torch.zeros(B, N, dtype=torch.bool, device=device)
         self.improves = torch.ones(B, 1, dtype=torch.bool, device=device)
 
@@ -151,7 +151,7 @@ class _Search:
             needs &= ~self.ended.all(dim=1)
         check_left(taken.scores[:, 0].tolist(), needs, step + 1)
         stops = _stops(taken, run.text, run.stopping, step, record)
-        full = run.rooms.last(step + 1)
+        full = run.limits.last(step + 1)
         stops = stops | (full if isinstance(full, bool) else full.reshape(B, N)[:, :1])
 
         self.running, _ = taken.best(taken.scores + stops * _NEVER, N)
@@ -160,7 +160,7 @@ class _Search:
         )
         length = step + 1
         if options.early_stopping == "never" and options.length_penalty > 0:
-            length = run.rooms.most
+            length = run.limits.most
         self.improves = self.improves & _may_improve(
             self.running, self.ends, self.ended, length, options.length_penalty
         )

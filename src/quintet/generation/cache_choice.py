@@ -1,4 +1,4 @@
-"""Chooses the cache that the options ask for."""
+"""Chooses the cache for the options."""
 
 import warnings
 from collections.abc import Mapping

@@ -12,7 +12,7 @@ from quintet.generation.config import GenerationConfig
 def open_cache(
     options: GenerationConfig, config: PreTrainedConfig, grown: Callable[[], Cache], length: int
 ) -> Cache:
-    """Return an empty cache of the kind that the options ask for.
+    """Return an empty cache of the kind that the options name.
 
     Args:
         options: of the generation.

@@ -76,7 +76,7 @@ class Decided:
         config: the options.
         past: the cache to continue from, if one was given.
         prompt: the rows, without the tokens that are to be healed.
-        room: the maximum number of new tokens.
+        max_new_tokens: the maximum number of new tokens.
         as_given: (B,) True for rows that get a token less than that; None for none.
         first: the processors that come before those of the options.
         search: the options of a beam search, if there is one.
@@ -89,7 +89,7 @@ class Decided:
     config: GenerationConfig
     past: Cache | None
     prompt: Prompt
-    room: int
+    max_new_tokens: int
     as_given: Tensor | None
     first: Sequence[LogitsProcessor]
     search: BeamOptions | None
@@ -111,7 +111,7 @@ class Decided:
     @property
     def tokens(self) -> int:
         """The maximum number of tokens of a row, its prompt included."""
-        return self.prompt.length + self.room
+        return self.prompt.length + self.max_new_tokens
 
 
 def prompt_of(
@@ -167,8 +167,8 @@ def decide(
     model.check_adapted_rows(len(prompt.given))
     criteria = list(given.stopping_criteria or ())
     context = model.config.max_position_embeddings
-    room = plan.room(prompt, config, plan.longest(criteria), context)
-    plan.check_least(config, room, V)
+    max_new_tokens = plan.max_new_tokens_of(prompt, config, plan.longest(criteria), context)
+    plan.check_least(config, max_new_tokens, V)
     first: list[LogitsProcessor] = []
     as_given: Tensor | None = None
     if config.guidance_scale not in (None, 1) or given.negative_prompt_ids is not None:
@@ -178,7 +178,7 @@ def decide(
         healing = heal(prompt, given.tokenizer, V)
         prompt, as_given = healing.prompt, healing.as_given
         first += healing.processors
-        room += len(healing.processors)
+        max_new_tokens += len(healing.processors)
     search = plan.beam_options(config, given.streamer)
     speculates = check_drafting(
         model,
@@ -197,7 +197,7 @@ def decide(
         config=config,
         past=past,
         prompt=prompt,
-        room=room,
+        max_new_tokens=max_new_tokens,
         as_given=as_given,
         first=first,
         search=search,
@@ -288,7 +288,7 @@ class Call:
     def begin(self, part: Prompt, cache: Cache | None, own: RowGenerators) -> Generation:
         """Prefill prompts, and return the generation that continues them."""
         decided, record = self.decided, self.decided.record
-        config, room, copies = decided.config, decided.room, decided.copies
+        config, max_new_tokens, copies = decided.config, decided.max_new_tokens, decided.copies
         forward = (PreparedForward if decided.prepared else Forward)(
             cast("LanguageModel", self.model),
             cache,
@@ -298,8 +298,8 @@ class Call:
         )
         if isinstance(forward, PreparedForward):
             forward.prepare = self.model.prepare_inputs_for_generation
-        text = TokenBuffer(part.ids, part.text_padding(), room=room, copies=copies)
-        rooms = TokenLimits.of(room, decided.as_given, copies)
+        text = TokenBuffer(part.ids, part.text_padding(), reserve=max_new_tokens, copies=copies)
+        limits = TokenLimits.of(max_new_tokens, decided.as_given, copies)
         chunk = config.prefill_chunk_size
         if not (chunk or decided.prepared or record.wanted or cache is None):
             chunk = pieces_of(self.model.world, *part.inputs.shape[:2])
@@ -308,13 +308,13 @@ class Call:
             text=text,
             output=forward.prefill(part, chunk=chunk, copies=copies),
             sampler=Sampler(
-                self._processors(text, rooms),
+                self._processors(text, limits),
                 do_sample=bool(config.do_sample),
                 generators=own,
                 agreement=self.agreement,
             ),
             stopping=decided.stopping,
-            rooms=rooms,
+            limits=limits,
             pad=plan.pad_token(config),
             record=record,
             streamer=self.streamer,
@@ -327,19 +327,19 @@ class Call:
         decided, config = self.decided, self.decided.config
         own = None
         if not self._sees_steps():
-            rows, tokens, room = decided.rows, decided.tokens, decided.room
-            own = recorded_rows(self.model, rows, tokens, config, room)
+            rows, tokens, max_new_tokens = decided.rows, decided.tokens, decided.max_new_tokens
+            own = recorded_rows(self.model, rows, tokens, config, max_new_tokens)
         if own is not None or decided.past is not None or config.use_cache is False:
             return own or decided.past
         return open_cache(config, self.model.config, self.model.new_cache, decided.tokens)
 
-    def _processors(self, text: TokenBuffer, rooms: TokenLimits) -> LogitsProcessorList:
+    def _processors(self, text: TokenBuffer, limits: TokenLimits) -> LogitsProcessorList:
         decided, given = self.decided, self.given
         if not self.chooses:
             return running_the_model((*decided.first, *(given.logits_processor or ())))
         setting = Setting(
             prompt=text.cut(len(text)),
-            room=rooms.limits,
+            max_new_tokens=limits.per_row,
             vocab_size=self.model.config.vocab_size,
             num_beams=decided.copies if decided.search else 1,
             prefix_allowed_tokens_fn=given.prefix_allowed_tokens_fn,

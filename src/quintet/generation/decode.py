@@ -214,7 +214,7 @@ class TokenLimits:
         return cls(most, None if fewer is None else fewer.repeat_interleave(copies))
 
     @property
-    def limits(self) -> int | Tensor:
+    def per_row(self) -> int | Tensor:
         """The maximum number of new tokens, as one number or (B,)."""
         return self.most if self.fewer is None else self.most - self.fewer.long()
 
@@ -239,7 +239,7 @@ class Generation:
         text: the rows, which grow.
         sampler: chooses the tokens.
         stopping: tells which rows end.
-        rooms: how many tokens to add at the most.
+        limits: how many tokens to add at the most.
         pad: what follows the end of a row.
         record: takes the output of each step.
         streamer: gets every token.
@@ -250,7 +250,7 @@ class Generation:
     text: TokenBuffer
     sampler: Sampler
     stopping: Stopping
-    rooms: TokenLimits
+    limits: TokenLimits
     pad: int
     record: Record
     streamer: Streamer | None = None
@@ -259,15 +259,15 @@ class Generation:
 def decode(run: Generation) -> None:
     """Generate token by token until all rows have ended or reached their limit."""
     unfinished: Tensor | None = None
-    room, output = run.rooms.most, run.output
-    for step in range(1, room + 1):
+    max_new_tokens, output = run.limits.most, run.output
+    for step in range(1, max_new_tokens + 1):
         note(run, output)
         logits = output.logits[:, -1]
         if run.sampler.agreement is None:
             unfinished = add(run, logits, unfinished, step)
         else:
             unfinished = _add_agreed(run.sampler.agreement, run, logits, unfinished, step)
-        if step == room or (unfinished is not None and not bool(unfinished.any())):
+        if step == max_new_tokens or (unfinished is not None and not bool(unfinished.any())):
             return
         output = run.forward.step(run.text, unfinished)
 
@@ -297,7 +297,7 @@ def add(run: Generation, logits: Tensor, unfinished: Tensor | None, step: int) -
     text.append(tokens)
     if run.streamer is not None:
         run.streamer.put(tokens.cpu())
-    full = run.rooms.last(step)
+    full = run.limits.last(step)
     if isinstance(full, Tensor):
         unfinished = ~full if unfinished is None else unfinished & ~full
         if not bool(unfinished.any()):

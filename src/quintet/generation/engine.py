@@ -95,7 +95,7 @@ class Engine(EngineRows):
         return self._rows.exchanges
 
     def attend(self) -> bool:
-        """Take part in a step of other engines, with nothing to run; return whether there was one.
+        """Take part in other engines' step, with nothing to run; return whether there was one.
 
         An engine that exchanges tokens has to be asked for steps, or for this, all the time.
 
@@ -243,12 +243,12 @@ class Engine(EngineRows):
 
     def _pace(self, stepping: list[Sequence]) -> None:
         """Limit drafts to the number that a step of this many rows can check."""
-        room = room_for_drafts(len(stepping), few_bits=self._few_bits)
+        limit = room_for_drafts(len(stepping), few_bits=self._few_bits)
         for sequence in stepping:
             drafting = sequence.drafting
             if drafting is None or drafting.pacing is None:
                 continue
-            drafting.pacing.room = room
+            drafting.pacing.limit = limit
             if self._prediction is not None and isinstance(drafting, PredictedDrafting):
                 self._prediction.pace(sequence)
 

@@ -93,12 +93,13 @@ class EngineRows:
         Raises:
             ContextLengthError: it has not.
         """
-        most = sequence.prompt_length + sequence.room
+        most = sequence.prompt_length + sequence.max_new_tokens
         # The last token is run over by nobody.
         if most - 1 > self.capacity:
             raise ContextLengthError(
-                f"a prompt of {sequence.prompt_length} and {sequence.room} new tokens do not fit "
-                f"a row of {self.capacity}; set max_new_tokens, or make an engine of more capacity"
+                f"a prompt of {sequence.prompt_length} and {sequence.max_new_tokens} new tokens do "
+                f"not fit a row of {self.capacity}; set max_new_tokens, or make an engine of more "
+                "capacity"
             )
 
     def extract(self, sequence: Sequence, start: int = 0, stop: int | None = None) -> RowContent:

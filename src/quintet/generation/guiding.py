@@ -15,7 +15,7 @@ from quintet.ops.token_ids import check_token_ids
 def guidance(
     model: object, config: GenerationConfig, ids: Tensor | None, mask: Tensor | None
 ) -> list[LogitsProcessor]:
-    """Return the guidance processors that the options ask for.
+    """Return the guidance processors of the options.
 
     Args:
         model: what is run.

@@ -124,14 +124,14 @@ class _Group:
 
 
 def _choose(groups: list[_Group], agreement: Agreement) -> None:
-    step, room = 1, 1
-    while step <= room and not all(group.over for group in groups):
+    step, max_new_tokens = 1, 1
+    while step <= max_new_tokens and not all(group.over for group in groups):
         for place, group in enumerate(groups):
             if group.over:
                 group.skip()
                 continue
             logits, number = group.forward().logits[:, -1], step
-            room = group.run.rooms.most
+            max_new_tokens = group.run.limits.most
 
             def choose(group: _Group = group, logits: Tensor = logits, step: int = step) -> Tensor:
                 return group.choose(logits, step)
@@ -140,7 +140,7 @@ def _choose(groups: list[_Group], agreement: Agreement) -> None:
                 agreement.decided(choose)
             except BaseException:
                 # The others have begun with these, and end when they ask for this group's tokens.
-                waiting = groups[:place] if number < room else []
+                waiting = groups[:place] if number < max_new_tokens else []
                 for other in groups[place + 1 :] + waiting:
                     if not other.over:
                         other.forward()
@@ -152,12 +152,12 @@ def _follow(groups: list[_Group], agreement: Agreement) -> None:
     def nothing() -> Tensor:
         raise AssertionError("another process chooses")
 
-    step, room = 0, 1
-    while step <= room and not all(group.over for group in groups):
+    step, max_new_tokens = 0, 1
+    while step <= max_new_tokens and not all(group.over for group in groups):
         for group in groups:
             if step and not group.over:
                 group.receive(agreement.decided(nothing, group.run.text.ids.device))
-            if not group.over and step < room:
+            if not group.over and step < max_new_tokens:
                 group.forward()
-                room = group.run.rooms.most
+                max_new_tokens = group.run.limits.most
         step += 1

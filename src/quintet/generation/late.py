@@ -26,10 +26,10 @@ def decodes_late(run: Generation) -> bool:
 def decode_late(run: Generation) -> None:
     """Generate as `decode` does, reading tokens one step late."""
     unfinished: Tensor | None = None
-    room, output = run.rooms.most, run.output
-    for step in range(1, room + 1):
+    max_new_tokens, output = run.limits.most, run.output
+    for step in range(1, max_new_tokens + 1):
         new_tokens = _NewTokens.launch(run, output.logits[:, -1], unfinished, step)
-        if step < room:
+        if step < max_new_tokens:
             unfinished = new_tokens.going
             output = run.forward.step(run.text, unfinished)
         if new_tokens.ends_all(run):
@@ -64,7 +64,7 @@ class _NewTokens:
             tokens = torch.where(unfinished, tokens, run.pad)
         text.append(tokens)
         going = unfinished
-        full = run.rooms.last(step)
+        full = run.limits.last(step)
         if isinstance(full, Tensor):
             going = ~full if going is None else going & ~full
         if run.stopping:

@@ -48,7 +48,7 @@ ARGUMENTS = (
 
 
 def check_names(options: Mapping[str, Any], known: Iterable[str]) -> dict[str, Any]:
-    """Check the names of options, and return those that ask for something.
+    """Check the names of options, and return those that differ from their defaults.
 
     Raises:
         InputError: there is none of that name, or it is not in this version.

@@ -258,7 +258,7 @@ class Options:
 
     @property
     def cache(self) -> CacheChoice:
-        """The kind of cache that the options ask for."""
+        """The kind of cache that the options name."""
         return choose_cache(
             self.cache_implementation, self.cache_dtype, self.cache_config, compiles=self.compiles
         )

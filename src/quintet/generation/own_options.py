@@ -106,7 +106,9 @@ def generate_each(model: Served, given: Arguments, configs: Sequence[plan.Config
 
 def _finish(model: Served, sequences: Sequence[Row]) -> None:
     """Run all sequences to their ends, in shared steps."""
-    engine = Engine(model, len(sequences), max(one.prompt_length + one.room for one in sequences))
+    engine = Engine(
+        model, len(sequences), max(one.prompt_length + one.max_new_tokens for one in sequences)
+    )
     for sequence in sequences:
         engine.add(sequence)
     while not all(sequence.finished for sequence in sequences):

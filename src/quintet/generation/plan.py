@@ -160,7 +160,7 @@ def check_cache(
     return past
 
 
-def check_least(config: GenerationConfig, room: int, vocab_size: int) -> None:
+def check_least(config: GenerationConfig, max_new_tokens: int, vocab_size: int) -> None:
     """Check that `min_new_tokens` fits and that ends can be suppressed.
 
     Raises:
@@ -168,10 +168,10 @@ def check_least(config: GenerationConfig, room: int, vocab_size: int) -> None:
     """
     if config.min_new_tokens is None:
         return
-    if config.min_new_tokens > room:
+    if config.min_new_tokens > max_new_tokens:
         raise InputError(
-            f"min_new_tokens={config.min_new_tokens} and there is room for {room} new tokens; "
-            "raise max_new_tokens, or lower min_new_tokens"
+            f"min_new_tokens={config.min_new_tokens} and there is room for {max_new_tokens} new "
+            "tokens; raise max_new_tokens, or lower min_new_tokens"
         )
     if any(token >= vocab_size for token in config.eos_token_ids):
         raise InputError(
@@ -180,7 +180,9 @@ def check_least(config: GenerationConfig, room: int, vocab_size: int) -> None:
         )
 
 
-def room(prompt: Prompt, config: GenerationConfig, max_length: int | None, context: int) -> int:
+def max_new_tokens_of(
+    prompt: Prompt, config: GenerationConfig, max_length: int | None, context: int
+) -> int:
     """Return the maximum number of new tokens in a context.
 
     Raises:

@@ -58,11 +58,11 @@ def sequence_of(model: Served, inputs: Tensor | abc.Sequence[int], given: Argume
     prompt = read_prompt(ids, None, None, None, None, vocab_size=size, device=device)
     criteria = list(given.stopping_criteria or ())
     context = model.config.max_position_embeddings
-    room = plan.room(prompt, config, plan.longest(criteria), context)
-    plan.check_least(config, room, size)
+    max_new_tokens = plan.max_new_tokens_of(prompt, config, plan.longest(criteria), context)
+    plan.check_least(config, max_new_tokens, size)
     setting = Setting(
         prompt=TokenBuffer(prompt.ids),
-        room=room,
+        max_new_tokens=max_new_tokens,
         vocab_size=size,
         prefix_allowed_tokens_fn=given.prefix_allowed_tokens_fn,
     )
@@ -84,7 +84,9 @@ def sequence_of(model: Served, inputs: Tensor | abc.Sequence[int], given: Argume
         has_ids=True,
     ):
         drafting = make_drafting(model, config, assistant, size)
-    return Sequence(prompt.ids[0].tolist(), sampler, stopping, room, given.streamer, drafting)
+    return Sequence(
+        prompt.ids[0].tolist(), sampler, stopping, max_new_tokens, given.streamer, drafting
+    )
 
 
 def _row(inputs: Tensor | abc.Sequence[int]) -> Tensor:

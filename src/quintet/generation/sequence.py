@@ -28,7 +28,7 @@ class Sequence:
         prompt: the ids it begins with, at least one.
         sampler: chooses its tokens; of a single row.
         stopping: what ends it before there is no room for more.
-        room: how many tokens it gets at the most.
+        max_new_tokens: how many tokens it gets at the most.
         streamer: gets the prompt now, and every token as it is made.
         drafting: drafts tokens for it, of which a step checks several; None for one at a time.
 
@@ -56,19 +56,19 @@ class Sequence:
         prompt: list[int],
         sampler: Sampler,
         stopping: Stopping,
-        room: int,
+        max_new_tokens: int,
         streamer: Streamer | None = None,
         drafting: Drafting | None = None,
     ) -> None:
-        if not prompt or room < 1:
+        if not prompt or max_new_tokens < 1:
             raise InputError(
-                f"a sequence of {len(prompt)} tokens with room for {room} more cannot go on; it "
-                "needs a prompt, and room for at least one token"
+                f"a sequence of {len(prompt)} tokens with room for {max_new_tokens} more cannot go "
+                "on; it needs a prompt, and room for at least one token"
             )
         self.ids = list(prompt)
         self.prompt_length = len(prompt)
         self.computed = 0
-        self.sampler, self.room, self.streamer = sampler, room, streamer
+        self.sampler, self.max_new_tokens, self.streamer = sampler, max_new_tokens, streamer
         self.drafting = drafting
         self.ahead: Ahead | None = None
         self.adapter_name: str | None = None
@@ -80,7 +80,7 @@ class Sequence:
         self._cancelled = False
         self._ends = frozenset(stopping.eos.tolist())
         self._criteria = stopping.criteria
-        self._text = TokenBuffer(stopping.eos.new_tensor([self.ids]), room=room)
+        self._text = TokenBuffer(stopping.eos.new_tensor([self.ids]), reserve=max_new_tokens)
         if streamer is not None:
             streamer.put(self._text.ids.cpu())
 
@@ -97,7 +97,7 @@ class Sequence:
     @property
     def left(self) -> int:
         """The number of tokens it may still get."""
-        return self.room - (len(self.ids) - self.prompt_length)
+        return self.max_new_tokens - (len(self.ids) - self.prompt_length)
 
     @property
     def finished(self) -> bool:
@@ -182,7 +182,7 @@ class Sequence:
             return
         if ends:
             self._finish("stop")
-        elif len(self.ids) - self.prompt_length == self.room:
+        elif len(self.ids) - self.prompt_length == self.max_new_tokens:
             self._finish("length")
 
     def note(self, logits: Tensor, tokens: list[int]) -> None:

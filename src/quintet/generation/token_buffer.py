@@ -12,19 +12,19 @@ class TokenBuffer:
     Args:
         ids: (B, T).
         padding: (B,) how many leading columns of each row are no text; None for none.
-        room: how many columns to set memory aside for.
+        reserve: the number of columns to set memory aside for.
         copies: how often to repeat each row, copies side by side.
     """
 
     def __init__(
-        self, ids: Tensor, padding: Tensor | None = None, *, room: int = 0, copies: int = 1
+        self, ids: Tensor, padding: Tensor | None = None, *, reserve: int = 0, copies: int = 1
     ) -> None:
         if copies > 1:
             ids = ids.repeat_interleave(copies, dim=0)
             padding = None if padding is None else padding.repeat_interleave(copies)
         self._buffer = ids
-        if room:
-            self._buffer = ids.new_zeros(ids.shape[0], ids.shape[1] + room)
+        if reserve:
+            self._buffer = ids.new_zeros(ids.shape[0], ids.shape[1] + reserve)
             self._buffer[:, : ids.shape[1]] = ids
         self._length = ids.shape[1]
         self.padding = padding

@@ -38,7 +38,7 @@ class Cursor:
         self.data, self.size, self.path, self.position = data, size, path, position
 
     def damaged(self, fault: str) -> NoReturn:
-        """Raise the error of a file that cannot be as it is."""
+        """Raise the error of a damaged file."""
         raise CheckpointError(
             f"{self.path} {fault}; the file is damaged or incomplete, fetch it again"
         )

@@ -10,7 +10,7 @@ from quintet.gguf.cursor import Value
 
 
 class Values:
-    """Metadata, read by what a key is to be; with a prefix for the keys of an architecture.
+    """Metadata, read by the kind of each key; with a prefix for an architecture's keys.
 
     Every reader returns `default` where there is no such key.
 

@@ -87,7 +87,7 @@ def register_lm_eval() -> type[Any]:
         ) from error
 
     class QuintetLM(HFLM):  # type: ignore[misc]
-        """A model of this library, asked in the way of lm-eval's own Transformers models."""
+        """A model of this library behind the interface of lm-eval's own Transformers models."""
 
         def __init__(self, pretrained: Any, tokenizer: Any = None, **options: Any) -> None:
             harness_options = {name: options.pop(name) for name in HARNESS if name in options}

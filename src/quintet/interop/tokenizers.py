@@ -1,4 +1,4 @@
-"""A tokenizer as one of Transformers, for tools that ask for their class."""
+"""A tokenizer as one of Transformers, for tools that need their class."""
 
 import copy
 from typing import Any

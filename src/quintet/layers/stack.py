@@ -23,7 +23,7 @@ from quintet.ops.attention import sdpa
 
 
 class PartSpec(NamedTuple):
-    """One part of a layer, as the kernel is told of it.
+    """One part of a layer, as described to the kernel.
 
     Attributes:
         part: what it holds.

@@ -246,7 +246,7 @@ def write_together(
 
 
 def _follow(entries: list[_Plain | _Packed], shares: Shares) -> None:
-    """Send the shares that the first process asks for, until it is done."""
+    """Send the shares that the first process requests, until it is done."""
     while (number := _broadcast_index(END, shares.world)) != END:
         entries[number].whole(shares)
 

@@ -1,4 +1,4 @@
-"""Rounds the columns of a weight one by one, and makes up in the others for what each lost.
+"""Rounds the columns of a weight one by one, and corrects the others for each one's error.
 
 GPTQ (arXiv:2210.17323), §3: with H = Σ x xᵀ of inputs x, what a matrix computes changes least if
 the error of a column is spread over those behind it, not rounded yet, by the inverse of H.

@@ -79,7 +79,7 @@ Padding = Ragged | Unpadded
 
 
 def check_ones_and_zeros(mask: Tensor) -> None:
-    """Check that a mask tells by ones and zeros: one that is added means the opposite by a zero.
+    """Check that a mask consists of ones and zeros: an additive one would mean the opposite.
 
     Raises:
         InputError: it holds something else. In a program that is recorded nothing is looked at.

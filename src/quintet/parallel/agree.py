@@ -1,4 +1,4 @@
-"""Processes that make one text together: they are asked alike, and one of them decides.
+"""Processes that generate one text together: all get the same arguments, and one decides.
 
 What is chosen of logits must be the same in all, or their forwards part. The same seed in all is
 no promise of it: sums differ in their last digits, and what is drawn elsewhere moves a generator.
@@ -60,7 +60,7 @@ class Agreement:
 
     @property
     def decides(self) -> bool:
-        """Whether this process decides, and the others are told."""
+        """Whether this process decides, and the others follow."""
         return self.rank == 0
 
     # -- deciding ------------------------------------------------------------------------------
@@ -218,7 +218,7 @@ class Agreement:
 
 
 def _digest(value: object) -> int:
-    """Return 63 bits that tell whether values are the same in two processes."""
+    """Return a 63-bit digest, by which two processes compare values."""
     hashed = hashlib.blake2b(digest_size=8)
     _feed(hashed.update, value)
     return int.from_bytes(hashed.digest()) >> 1

@@ -140,7 +140,7 @@ class Watch:
                 time.sleep(0.02)
 
     def _wake(self, words: dict[int, Word]) -> None:
-        """Let processes of this machine go on that were stopped: no launcher can end them so."""
+        """Continue stopped processes of this machine: no launcher can end them otherwise."""
         host = self.who[self.rank].host
         for rank, process in self.who.items():
             if rank not in words and process.host == host:
@@ -202,7 +202,7 @@ class Watch:
         raise SystemExit(128 + number)
 
     def leave_it_to_others(self) -> None:
-        """Note from now on that a signal told this process to end, and go on until others end."""
+        """Note from now on the signals that end this process, and run on until others end."""
         self._noted, into = os.pipe()
         for end in (self._noted, into):
             os.set_blocking(end, False)

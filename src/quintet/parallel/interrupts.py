@@ -15,7 +15,7 @@ class Interrupts:
     _came: bool = False
 
     def take(self) -> bool:
-        """Return whether one came since it was asked last."""
+        """Return whether an interrupt came since the last call."""
         came, self._came = self._came, False
         return came
 

@@ -20,7 +20,7 @@ class _Context(Protocol):
 
 
 def copied(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Apply f: return x, of which each process uses a part; its gradients add up."""
+    """Apply f: return x for a partial use in each process; its gradients are summed."""
     if not (torch.is_grad_enabled() and x.requires_grad):
         return x
     return _Copied.apply(x, group)  # type: ignore[no-any-return, no-untyped-call]

@@ -54,7 +54,7 @@ class Slices:
         return gathered(x, self.group, widths=widths(self._tokens, self.count), dim=1)
 
     def entered(self, x: Tensor) -> Tensor:
-        """Return all tokens of slices, of which each process uses a part."""
+        """Join slices into all tokens, for a partial use in each process."""
         return entered(x, self.group, widths=widths(self._tokens, self.count), dim=1)
 
     def left(self, x: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ class StageLink:
         return states
 
     def send(self, states: Tensor) -> None:
-        """Hand states on, and go on: the next stage may still be with those before."""
+        """Send states without waiting: the next stage may still be with those before."""
         payload = states.detach().contiguous()
         work = dist.isend(payload, group=self.group, group_dst=self.behind)
         assert work is not None

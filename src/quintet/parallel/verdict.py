@@ -66,7 +66,7 @@ def place_of(frames: Iterable[tuple[FrameType, int]]) -> tuple[str, bool]:
 def verdict(
     words: Mapping[int, Word], who: Mapping[int, Process], seconds: float, *, late: bool
 ) -> RankFailedError | None:
-    """Name the process to blame, from the words of each; None if all were told to end.
+    """Name the process to blame, from the words of each; None if a signal ended all.
 
     Args:
         words: by rank, in the order they were said. Who said nothing is dead or stopped.

@@ -1,4 +1,4 @@
-"""Kernels that others publish as packages, each a backend that serves where it is asked for.
+"""Kernels that others publish as packages, each a backend that is switched on by request.
 
 `QUINTET_BACKENDS_ON=flash-attn,deep-gemm` asks for those of these names. A file is one package: the
 part of its interface that is called, as a Protocol with the published names, and functions that

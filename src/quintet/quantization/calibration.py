@@ -156,7 +156,7 @@ def _matrices(model: Runs, slots: Mapping[str, Slot]) -> Iterator[_Matrix]:
 
 
 def _rounds(matrices: list[_Matrix]) -> Iterator[list[_Matrix]]:
-    """Yield matrices that are looked at together: of one layer, and within the memory."""
+    """Yield groups of matrices to calibrate together: of one layer, and within the memory."""
     now: list[_Matrix] = []
     size, layer = 0, ""
     for one in matrices:
@@ -172,7 +172,7 @@ def _rounds(matrices: list[_Matrix]) -> Iterator[list[_Matrix]]:
 
 
 class _EnoughError(Exception):
-    """All that is looked at has been seen; the rest of the forward is of no use."""
+    """Ends a forward once all maps to calibrate have run."""
 
 
 class _Grams:

@@ -159,7 +159,7 @@ class KeysAndValuesFormat(WeightFormat):
         return dict(found)
 
     def checked(self, weight: str, parts: Parts, shape: Shape) -> Parts:
-        """Return the parts: `unpack` has looked at them."""
+        """Return the parts, which `unpack` has checked."""
         return parts
 
 

@@ -331,7 +331,7 @@ class Engine:
         memory, cost, prompt = self.limits.memory, self._runner.scheduler.cost, text.prompt_length
         if predicts(text):
             cost = cost.drafting
-        needed = prompt + min(text.room, self.limits.ahead)
+        needed = prompt + min(text.max_new_tokens, self.limits.ahead)
         if memory is not None and cost.of(needed) > memory:
             fits = max(memory - cost.row, 0) // cost.token if cost.token else 0
             raise DoesNotFitError(

@@ -95,7 +95,7 @@ class Request(Job):
     ) -> None:
         super().__init__(
             len(text.ids),
-            text.prompt_length + text.room,
+            text.prompt_length + text.max_new_tokens,
             scope=scope,
             priority=priority,
             deadline=deadline,

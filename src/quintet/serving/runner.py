@@ -150,7 +150,7 @@ class Runner(PromptReuse):
         return not plan.idle
 
     def _free_lost_rows(self) -> None:
-        """Free rows while nobody has one; there are none unless something here is wrong."""
+        """Free rows without owners; there are none unless something here is wrong."""
         for text in self.engine.sequences:
             log.error("a row was held by no request, and is free again")
             self.figures.lost += 1

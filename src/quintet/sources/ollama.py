@@ -140,7 +140,7 @@ def _read(root: Path, manifest: Path, name: str) -> FoundModel:
 
 
 def _blob(root: Path, layer: dict[str, Any], manifest: Path) -> Path:
-    """Return the path of a layer's content, once it is as long as the manifest says."""
+    """Return the path of a layer's content, if it has the manifest's size."""
     digest, size = layer.get("digest"), layer.get("size")
     if not isinstance(digest, str) or not _DIGEST.fullmatch(digest) or type(size) is not int:
         raise CheckpointError(

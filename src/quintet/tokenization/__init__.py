@@ -1,4 +1,4 @@
-"""Text to ids and back, exactly as `tokenizer.json` says, and chat templates. No torch."""
+"""Text to ids and back, exactly as `tokenizer.json` defines it, and chat templates. No torch."""
 
 from tokenizers import AddedToken
 

@@ -47,7 +47,7 @@ _PREFIXED = (names.TOKENIZER, names.SETTINGS, names.SPECIAL_TOKENS)
 
 
 class PreTrainedTokenizer(Chat, Decoder, Pushable):
-    """Converts text to ids and back, exactly as `tokenizer.json` says.
+    """Converts text to ids and back, exactly as `tokenizer.json` defines it.
 
     Args:
         tokenizer_object: a pipeline; it is copied.

@@ -159,7 +159,7 @@ class Trained:
 def put_adapter(
     model: PreTrainedModel, settings: AdapterSettings, reference: str | None = None
 ) -> None:
-    """Put a new adapter on a model, or one to go on with; nothing else is trained from then on.
+    """Put a new adapter on a model, or load one to resume; only it is trained from then on.
 
     Args:
         model: the model.

@@ -1,4 +1,4 @@
-"""From settings to what they name: model, tokenizer, adapter, and what it is trained for."""
+"""Builds the objects that settings name: model, tokenizer, adapter, and objective."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -350,7 +350,7 @@ def prediction_layers(model: CausalLMHead) -> int:
 
 
 def balance_losses(settings: BalanceSettings) -> tuple[BalanceLoss, ...]:
-    """Return the losses of unbalanced experts that the settings ask for."""
+    """Return the configured losses of unbalanced experts."""
     losses: list[BalanceLoss] = []
     if settings.sequence is not None:
         losses.append(SequenceBalance(schedule_of(settings.sequence)))

@@ -1,4 +1,4 @@
-"""A model that is looked at while it is trained, and goes on as if nobody had."""
+"""Evaluates a model during its training without a trace."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -54,7 +54,7 @@ class EvaluationSettings:
 
     @property
     def measures(self) -> bool:
-        """Whether texts that are held out are asked for."""
+        """Whether held-out texts are needed."""
         return self.documents is not None or (self.every > 0 and not self.prompts)
 
     def chosen(self, documents: Sequence[Document]) -> Sequence[Document]:
@@ -152,7 +152,7 @@ def samples(
 
 
 def _encoded_prompt(tokenizer: PreTrainedTokenizer, prompt: str, chat: bool) -> BatchEncoding:
-    """Return the ids of a prompt, (1, T), as a conversation has it or as it is."""
+    """Return the ids of a prompt, (1, T), as a conversation or as plain text."""
     if not chat:
         return tokenizer(prompt, return_tensors="pt")
     encoding: BatchEncoding = tokenizer.apply_chat_template(

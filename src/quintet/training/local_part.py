@@ -47,7 +47,7 @@ class LocalPart:
         quantize: str | None,
         overrides: dict[str, Any],
     ) -> Model:
-        """Return its part of a checkpoint, of which no more is read; all have to call this.
+        """Load its part of a checkpoint, and read no more; all processes have to call this.
 
         Raises:
             QuintetError: it cannot be read, or divided so.

@@ -41,7 +41,7 @@ def train(
     resume: Resume = False,
     report: Reporter | None = None,
 ) -> TrainingResult:
-    """Train a model as a configuration says, or go on with it.
+    """Train a model by a configuration, or resume it.
 
     In the folder of the run are afterwards its settings, its metrics and its checkpoints
     (docs/guides/training.md). All randomness is as it was before.
@@ -108,7 +108,7 @@ def train(
 
 
 def _start(ranks: Ranks, folder: Path, resume: Resume) -> SavedCheckpoint | None:
-    """Return the checkpoint that all go on from, or None if they begin."""
+    """Return the checkpoint that all resume from, or None at a beginning."""
 
     def found() -> str | None:
         last = start_of(folder, resume)

@@ -69,7 +69,7 @@ class Ranks(Protocol):
         ...
 
     def most(self, numbers: Sequence[float]) -> list[float]:
-        """Return the largest that any process says, of each number."""
+        """Return the maximum of each number over the processes."""
         ...
 
     def lead(self, act: Callable[[], T]) -> T:
@@ -175,7 +175,7 @@ class Several:
         return add_up(copy, self.world, axes).to(tensor.device)
 
     def most(self, numbers: Sequence[float]) -> list[float]:
-        """Return the largest that any process says, of each number."""
+        """Return the maximum of each number over the processes."""
         values = torch.tensor(numbers, dtype=torch.float64, device=self.world.device)
         dist.all_reduce(values, dist.ReduceOp.MAX)
         found: list[float] = values.tolist()

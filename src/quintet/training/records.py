@@ -192,7 +192,7 @@ class Reporter(Protocol):
 
 
 class Silent:
-    """A reporter that tells nobody."""
+    """A reporter that does nothing."""
 
     def started(self, beginning: Beginning) -> None:
         """Do nothing."""

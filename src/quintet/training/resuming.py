@@ -25,7 +25,7 @@ BUDGETS = ("train.steps", "train.tokens", "train.minutes")
 
 
 def start_of(run: Path, resume: Resume) -> SavedCheckpoint | None:
-    """Return the checkpoint that a run goes on from, or None if it begins.
+    """Return the checkpoint that a run resumes from, or None at a beginning.
 
     Raises:
         InputError: it is to begin where there is a run already.

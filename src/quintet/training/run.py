@@ -1,4 +1,4 @@
-"""A training that runs: steps until the budget is spent; told of, measured and saved."""
+"""A running training: steps until the budget is spent, with reports, measures and saves."""
 
 import math
 import time
@@ -80,7 +80,7 @@ class Run:
         self._saved_at = time.monotonic()
 
     def whole(self, start: SavedCheckpoint | None, resume: Resume) -> TrainingResult:
-        """Run all of it, from where it begins or goes on.
+        """Run all steps, from the beginning or a checkpoint.
 
         Raises:
             DivergedError: too many steps in a row were not finite.
@@ -138,7 +138,7 @@ class Run:
                 self._save(evaluation)
 
     def _agree(self, stop: Stop) -> tuple[bool, bool]:
-        """Return whether any process was asked to end, and whether it is time to save."""
+        """Return whether any process received a signal, and whether it is time to save."""
         waited = time.monotonic() - self._saved_at >= self.config.checkpoint.minutes * 60
         number, late = self.ranks.most(
             [0 if stop.received is None else int(stop.received), float(waited)]
@@ -288,7 +288,7 @@ class Run:
         return self.counters.best is None or evaluation.score < self.counters.best
 
     def _save(self, evaluation: Evaluation | None) -> None:
-        """Write a checkpoint; where that fails, the training goes on and those before stay."""
+        """Write a checkpoint; if that fails, the training and earlier checkpoints stay."""
         is_best, before = self._is_best(evaluation), self.counters.best
         if is_best and evaluation is not None:
             self.counters.best = evaluation.score

@@ -12,17 +12,17 @@ HEEDED = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stop:
-    """Whether a training is asked to end.
+    """Whether a training was told to end.
 
     Attributes:
-        received: the signal that asked, or None.
+        received: the signal, or None.
     """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
 
     def end(self) -> None:
-        """End as whoever asked expects it: with an exception that nothing handles by chance.
+        """End with the exception that the signal's sender expects.
 
         Raises:
             KeyboardInterrupt: after Ctrl-C.
@@ -36,7 +36,7 @@ class Stop:
 
 @contextmanager
 def heeded(*, says: bool = True) -> Iterator[Stop]:
-    """Heed signals: the first is noted, the next does what it did before.
+    """Note the first signal; the next one acts as before.
 
     Signals reach the main thread alone; in another nothing is changed.
 

@@ -1,4 +1,4 @@
-"""The processors that a config asks for, in Transformers' order."""
+"""The processors of a config, in Transformers' order."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class Setting:
 
     Attributes:
         prompt: the rows that are continued, each as often as it is.
-        room: how many tokens are added at the most, to all rows or to each (B,).
+        max_new_tokens: how many tokens are added at the most, to all rows or to each (B,).
         vocab_size: V.
         num_beams: how many rows belong to one prompt.
         prefix_allowed_tokens_fn: which tokens may come next.
@@ -29,7 +29,7 @@ class Setting:
     """
 
     prompt: TokenBuffer
-    room: int | Tensor
+    max_new_tokens: int | Tensor
     vocab_size: int
     num_beams: int = 1
     prefix_allowed_tokens_fn: words.PrefixAllowedTokens | None = None
@@ -110,7 +110,7 @@ def _constraints(config: GenerationConfig, setting: Setting) -> list[LogitsProce
     if config.forced_bos_token_id is not None:
         processors.append(lengths.ForcedBOSTokenLogitsProcessor(config.forced_bos_token_id))
     if config.forced_eos_token_id is not None:
-        forced, last = config.forced_eos_token_id, length + setting.room
+        forced, last = config.forced_eos_token_id, length + setting.max_new_tokens
         processors.append(lengths.ForcedEOSTokenLogitsProcessor(last, forced, device))
     if config.remove_invalid_values:
         processors.append(warpers.InfNanRemoveLogitsProcessor())

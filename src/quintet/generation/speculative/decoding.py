@@ -41,7 +41,7 @@ class _Speculating:
         # Whatever is known of single rows is kept in Python: a tensor of one number costs as much.
         self.rows: list[list[int]] = [[] for _ in range(B)]
         self.unfinished = [True] * B
-        self.room = [run.rooms.row(row) for row in range(B)]
+        self.limits = [run.limits.row(row) for row in range(B)]
         self.ends = frozenset(run.stopping.eos.tolist())
         self.scores: list[list[Tensor]] = [[] for _ in range(B)]
         self.logits: list[list[Tensor]] = [[] for _ in range(B)]
@@ -83,14 +83,14 @@ class _Speculating:
 
     def _propose(self) -> Draft:
         """Draft as many tokens as the schedule and the limits allow."""
-        most, cache = self.run.rooms.most, self.run.forward.cache
+        most, cache = self.run.limits.most, self.run.forward.cache
         capacity = None if cache is None else cache.get_max_cache_shape()
         if cache is not None and capacity is not None:
             most = capacity - cache.get_seq_length() - 1
         wanted = [
-            max(0, min(most_drafts, most, room - len(row) - 1)) if active else 0
-            for most_drafts, row, room, active in zip(
-                self.schedule.rows, self.rows, self.room, self.unfinished, strict=True
+            max(0, min(most_drafts, most, limit - len(row) - 1)) if active else 0
+            for most_drafts, row, limit, active in zip(
+                self.schedule.rows, self.rows, self.limits, self.unfinished, strict=True
             )
         ]
         # Also where nothing is drafted: whether that is so depends on the other rows.
@@ -182,8 +182,8 @@ class _Speculating:
             ended = True in ends
             if ended:
                 del row[ends.index(True) + 1 :]
-            room = len(self.rows[index]) + len(row) < self.room[index]
-            unfinished.append(self.unfinished[index] and not ended and room)
+            has_room = len(self.rows[index]) + len(row) < self.limits[index]
+            unfinished.append(self.unfinished[index] and not ended and has_room)
         self.unfinished = unfinished
         return tokens
 

@@ -44,11 +44,11 @@ class Drafting(ABC):
         return self._draft is not None and self._draft.counts[0] > 0
 
     def propose(
-        self, text: TokenBuffer, sampler: Sampler, room: int, ends: frozenset[int]
+        self, text: TokenBuffer, sampler: Sampler, limit: int, ends: frozenset[int]
     ) -> list[int]:
-        """Return a draft of at most `room` tokens; an unverified one is returned again."""
+        """Return a draft of at most `limit` tokens; an unverified one is returned again."""
         if self._draft is None:
-            draft = self._write(text, sampler, room)
+            draft = self._write(text, sampler, limit)
             tokens = draft.tokens[0, : draft.counts[0]].tolist()
             # Behind an end, nothing is ever needed.
             end = next((n for n, token in enumerate(tokens, 1) if token in ends), len(tokens))
@@ -57,8 +57,8 @@ class Drafting(ABC):
         return self._draft.tokens[0].tolist()
 
     @abstractmethod
-    def _write(self, text: TokenBuffer, sampler: Sampler, room: int) -> Draft:
-        """Write a draft of at most `room` tokens."""
+    def _write(self, text: TokenBuffer, sampler: Sampler, limit: int) -> Draft:
+        """Write a draft of at most `limit` tokens."""
 
     def check(self, text: TokenBuffer, sampler: Sampler, logits: Tensor) -> Checked:
         """Verify the draft with logits (K + 1, V)."""
@@ -78,10 +78,10 @@ class Drafting(ABC):
             self.schedule.learn([drafted], [accepted])
             self.found.accepted.append([(drafted, min(accepted, count))])
 
-    def _most(self, room: int) -> int:
-        most = min(self.schedule.rows[0], room - 1)
+    def _most(self, limit: int) -> int:
+        most = min(self.schedule.rows[0], limit - 1)
         if self.pacing is not None:
-            most = min(most, self.pacing.room if self.pacing.awake else 0)
+            most = min(most, self.pacing.limit if self.pacing.awake else 0)
         return max(0, most)
 
 
@@ -97,8 +97,8 @@ class TextDrafting(Drafting):
         super().__init__(schedule)
         self.drafter = drafter
 
-    def _write(self, text: TokenBuffer, sampler: Sampler, room: int) -> Draft:
-        most = self._most(room)
+    def _write(self, text: TokenBuffer, sampler: Sampler, limit: int) -> Draft:
+        most = self._most(limit)
         turn = for_a_turn(sampler, [True])
         return self.drafter.propose(text, [most], [True], turn) if most else Draft.none(text)
 
@@ -144,9 +144,9 @@ class PredictedDrafting(Drafting):
         """Mark that the layers hold nothing of the text."""
         self._unread, self._unchecked = [], None
 
-    def begin(self, text: TokenBuffer, sampler: Sampler, room: int) -> DraftWriter | None:
+    def begin(self, text: TokenBuffer, sampler: Sampler, limit: int) -> DraftWriter | None:
         """Return a writer of the next draft, or None if none is needed."""
-        most = self._most(room)
+        most = self._most(limit)
         if self._draft is not None or not most or not self._unread:
             return None
         self._turn = self._turn or for_a_turn(sampler, [True])
@@ -157,7 +157,7 @@ class PredictedDrafting(Drafting):
         self._writer = DraftWriter(text, [most], turn, self._threshold)
         return self._writer
 
-    def _write(self, text: TokenBuffer, sampler: Sampler, room: int) -> Draft:
+    def _write(self, text: TokenBuffer, sampler: Sampler, limit: int) -> Draft:
         # Also where nothing is drafted, so that what follows does not depend on that.
         self._turn = self._turn or for_a_turn(sampler, [True])
         return Draft.none(text) if self._writer is None else self._writer.draft()

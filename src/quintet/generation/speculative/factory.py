@@ -1,4 +1,4 @@
-"""Chooses the drafter that the options ask for."""
+"""Chooses the drafter for the options."""
 
 import warnings
 from collections.abc import Mapping
@@ -51,7 +51,7 @@ def check_drafting(
     padded: bool,
     has_ids: bool,
 ) -> bool:
-    """Check the options of speculation, and return whether they ask for it.
+    """Check the options of speculation, and return whether they turn it on.
 
     Raises:
         InputError: two ways of drafting, one that this model has not, or one beside options that

@@ -58,7 +58,7 @@ def read_beside(
     batch: int,
     done: bool,
 ) -> None:
-    """Run this process's layers as the leading one says."""
+    """Run this process's layers on the leading process's order."""
     total = sum(width for _, width in widths)
     shape = total, model.config.hidden_size
     states, embeds = (

@@ -16,18 +16,18 @@ class Pacing:
     """Lets a row draft while steps have room and enough drafts are accepted.
 
     Attributes:
-        room: how many tokens there is room for in the present step.
+        limit: how many tokens there is room for in the present step.
     """
 
     def __init__(self) -> None:
-        self.room = ROOM
+        self.limit = ROOM
         self._drafts = self._drafted = self._accepted = 0
         self._rest = 0
 
     @property
     def awake(self) -> bool:
         """Whether to draft."""
-        return self.room > 0 and self._rest <= 0
+        return self.limit > 0 and self._rest <= 0
 
     def learn(self, taken: int, drafted: int, accepted: int) -> None:
         """Learn the numbers of new tokens and accepted drafts."""

@@ -199,7 +199,7 @@ async def find(
     extra: dict[str, Any] | None = None,
     timeout: float = 600.0,
 ) -> Target:
-    """Find out how a server wants to be asked.
+    """Find out the model, prompts and token counts that a server supports.
 
     Args:
         address: where it is.

@@ -25,7 +25,7 @@ _PATH = re.compile(r"[!-~]*")
 
 
 class Reply:
-    """An answer, of which the head has been read.
+    """A reply whose head has been read.
 
     Attributes:
         status: the number of its first line.

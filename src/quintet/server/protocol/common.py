@@ -176,7 +176,7 @@ def plain(name: str) -> str:
 
 
 def _beside(body: Body, path: str) -> Iterator[tuple[str, str, type[Body]]]:
-    """Yield undeclared fields that ask for something."""
+    """Yield undeclared fields that would have an effect."""
     kind = type(body)
     for name, value in (body.model_extra or {}).items():
         known = name in kind.IDLE or name in kind.REFUSED

@@ -27,7 +27,7 @@ HOLES = (
 
 
 class CompletionRequest(SamplingFields):
-    """Texts to go on with."""
+    """The body of a request to continue texts."""
 
     IDLE: ClassVar = frozenset({"user", "metadata", "prompt_cache_key", "safety_identifier"})
     REFUSED: ClassVar = {

@@ -66,7 +66,7 @@ class Thinking(Body):
 
     @property
     def wanted(self) -> bool | None:
-        """Whether to think; None for what the model does by itself."""
+        """Whether to think; None for the model's default."""
         return {"enabled": True, "disabled": False}.get(self.type)
 
 

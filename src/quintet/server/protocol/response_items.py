@@ -14,7 +14,7 @@ Status = Literal["in_progress", "completed", "incomplete"] | None
 
 
 class Text(Body):
-    """A piece of text, by whoever wrote it."""
+    """A piece of text, from the user or the assistant."""
 
     IDLE = frozenset({"annotations", "logprobs", "prompt_cache_breakpoint"})
 
@@ -38,7 +38,7 @@ Content = str | Annotated[list[Part], Field(fail_fast=True)]
 
 
 class Message(Body):
-    """Something one side says."""
+    """A message from one side."""
 
     IDLE = frozenset({"phase"})
 

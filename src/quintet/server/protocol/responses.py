@@ -22,7 +22,7 @@ Noted = Annotated[str, Field(max_length=512)]
 
 
 class FunctionTool(Body):
-    """A tool that whoever asks can call."""
+    """A tool that the client can call."""
 
     IDLE = frozenset({"allowed_callers", "async", "defer_loading", "output_schema"})
 
@@ -34,7 +34,7 @@ class FunctionTool(Body):
 
 
 class OtherTool(Body):
-    """A tool of a kind that is not here; it is left out, and that is told."""
+    """A tool of an unsupported kind; it is left out, with a warning."""
 
     type: str
 

@@ -1,4 +1,4 @@
-"""Texts that go on from prompts, as OpenAI's completions write them."""
+"""Continuations of prompts, as OpenAI's completions write them."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -26,7 +26,7 @@ class TextPrompt:
 
 
 class TextChoice:
-    """One text that goes on from a prompt, while it is written.
+    """One continuation of a prompt, while it is written.
 
     Args:
         index: among the choices.

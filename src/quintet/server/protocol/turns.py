@@ -41,7 +41,7 @@ class Call(Body):
 
 
 class Message(Body):
-    """Something that was said, asked, called or answered."""
+    """A message of a conversation: a text, an answer, calls or a result."""
 
     IDLE: ClassVar = frozenset({"name", "refusal", "annotations", "id"})
     REFUSED: ClassVar = {

@@ -26,7 +26,7 @@ CHUNK, WHOLE = "chat.completion.chunk", "chat.completion"
 
 @router.post("/v1/chat/completions", openapi_extra=documented(ChatRequest))
 async def create(request: Request) -> Response:
-    """Answer in a conversation, at once or as it is written."""
+    """Answer in a conversation, at once or as a stream."""
     service = service_of(request)
     body, warnings = await received(request, ChatRequest)
     served = await service.registry.get(body.model)
@@ -49,7 +49,7 @@ async def create(request: Request) -> Response:
 async def _chunks(
     events: AsyncGenerator[AnswerEvent, None], frame: Frame, count: int, *, counted: bool
 ) -> AsyncGenerator[ServerEvent, None]:
-    """Yield answers as they are written, each begun by its role, in order of their indices."""
+    """Yield answers as a stream, each begun by its role, in order of their indices."""
     usage = {"usage": None} if counted else {}
 
     def chunk(index: int, delta: dict[str, Any], **more: Any) -> ServerEvent:

@@ -27,7 +27,7 @@ KIND = "text_completion"
 
 @router.post("/v1/completions", openapi_extra=documented(CompletionRequest))
 async def create(request: Request) -> Response:
-    """Go on with one text or several, at once or as it is written."""
+    """Continue one text or several, at once or as a stream."""
     service = service_of(request)
     settings = service.settings
     body, warnings = await received(request, CompletionRequest)
@@ -85,7 +85,7 @@ async def _chunks(
     *,
     counted: bool,
 ) -> AsyncGenerator[ServerEvent, None]:
-    """Yield texts as they are written."""
+    """Yield texts as a stream."""
     usage = {"usage": None} if counted else {}
     async with aclosing(events):
         async for place, one in events:

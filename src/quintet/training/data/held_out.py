@@ -13,7 +13,7 @@ from quintet.training.data.store import Store
 
 
 class HeldOut(Sequence[Document]):
-    """Documents of stores, read from the disk when they are asked for.
+    """Documents of stores, read from the disk on demand.
 
     Args:
         documents: the store of each one, and its number there.

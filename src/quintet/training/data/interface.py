@@ -52,7 +52,7 @@ class Data(Protocol):
 
     @property
     def held_out(self) -> Sequence[Document]:
-        """The documents that are not learned from; read from the disk when they are asked for."""
+        """The held-out documents, read from the disk on demand."""
         ...
 
     def parts(

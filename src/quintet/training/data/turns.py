@@ -29,7 +29,7 @@ class Written:
 
 
 def apart(message: Mapping[str, Any], template: str) -> Message:
-    """Return a message with the thoughts of its answer told apart, as its template keeps them.
+    """Return a message with its thoughts split off, as its template keeps them.
 
     A template that looks for the end of thoughts in what was said would cut them off.
     """
@@ -175,7 +175,7 @@ def _plain(messages: Sequence[Message]) -> list[Message]:
 
 
 def check_written(messages: Sequence[Message], text: str) -> None:
-    """Refuse a text in which something that was said is missing.
+    """Refuse a text that lacks a part of its messages.
 
     Raises:
         Bad: it is.

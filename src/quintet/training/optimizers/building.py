@@ -1,4 +1,4 @@
-"""All that moves a model's weights, as one."""
+"""The optimizers of a model's weights, as one."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -145,7 +145,7 @@ class Optimizers:
         )
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over a whole state, to the bit; the weights become what it says.
+        """Load a whole state, to the bit, and set the weights from it.
 
         Raises:
             CheckpointError: something is missing, extra, or of another shape or dtype; nothing
@@ -178,7 +178,7 @@ class Optimizers:
         return (member for group in self.groups for member in group.members)
 
     def close(self) -> None:
-        """Give the gradients back to the parameters, as if this had not been."""
+        """Give the gradients back to the parameters, and undo all changes."""
         self._masters.close()
 
     def __enter__(self) -> Self:

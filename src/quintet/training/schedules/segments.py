@@ -143,7 +143,7 @@ class Segments:
 
 
 def finite(value: float, key: str) -> float:
-    """Return a number that a key says.
+    """Parse a number of a key.
 
     Raises:
         SettingError: it is none, or not finite.
@@ -154,7 +154,7 @@ def finite(value: float, key: str) -> float:
 
 
 def share(value: float, key: str) -> float:
-    """Return a share that a key says, 0 to 1.
+    """Parse a share of a key, 0 to 1.
 
     Raises:
         SettingError: it is none.

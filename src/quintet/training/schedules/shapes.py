@@ -15,7 +15,7 @@ from quintet.training.spans import span
 
 @dataclass(frozen=True)
 class Rising(ABC):
-    """A schedule that rises linearly to its peak, and then goes on as its class says.
+    """A schedule that rises linearly to its peak, and then follows its class's course.
 
     Attributes:
         peak: the highest value.
