@@ -24,6 +24,7 @@ if not torch.cuda.device_count():
     # with the whole stack that it was set from.
     torch.cuda.manual_seed_all = torch.xpu.manual_seed_all = lambda seed: None
 
+from forking import MODELS, Forks
 from unlooked import forget_kernels
 
 
@@ -100,6 +101,14 @@ def _one_thread_and_a_seed() -> None:
     # Threads cost more than they give on models this small.
     torch.set_num_threads(1)
     torch.default_generator.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    """What runs programs as processes of their own, where everything is imported already."""
+    running = Forks(MODELS)
+    yield running
+    running.close()
 
 
 @pytest.fixture(scope="session")

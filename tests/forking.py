@@ -20,6 +20,8 @@ import sys
 import torch
 from quintet import *
 import quintet.cli.main, quintet.modeling.loading
+# What reads its variables once is imported after the fork.
+assert 'huggingface_hub' not in sys.modules
 """
 CHATS = """
 import quintet.auto, quintet.cli.main, quintet.cli.streaming, quintet.cli.chat

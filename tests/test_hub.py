@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from forking import MODELS, Forks
+from forking import Forks
 from hubserver import Hub, serve
 from quintet import Qwen2Config, demo_model
 from quintet.errors import OfflineError
@@ -81,13 +81,6 @@ def environment(hub: Hub, tmp_path: Path) -> dict[str, str]:
         "HF_HUB_ETAG_TIMEOUT": str(int(PATIENCE)),
         "OMP_NUM_THREADS": "1",
     }
-
-
-@pytest.fixture(scope="module")
-def forks() -> Iterator[Forks]:
-    running = Forks(MODELS + "assert 'huggingface_hub' not in sys.modules\n")
-    yield running
-    running.close()
 
 
 @pytest.fixture

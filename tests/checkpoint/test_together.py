@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -12,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from forking import Forks
 from quintet.checkpoint import Checkpoint, read_consistently, save, save_stream
 from quintet.errors import CheckpointError, SaveError
 from quintet.files import locked
@@ -94,16 +93,11 @@ print("last", value_of(AutoModelForCausalLM.from_pretrained(root)))
 @pytest.mark.parametrize(
     "sizes", [("9999", "9999"), ("700", "1000"), ("9999", "700")], ids="-".join
 )
-def test_two_that_save_and_two_that_load_see_no_mix(tmp_path: Path, sizes: tuple[str, ...]) -> None:
+def test_two_that_save_and_two_that_load_see_no_mix(
+    tmp_path: Path, sizes: tuple[str, ...], forks: Forks
+) -> None:
     root = tmp_path / "model"
-    command = [sys.executable, "-c", DRIVER, str(root), "4", *sizes]
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    done = forks.run(DRIVER, root, 4, *sizes, environment=os.environ)
     assert done.returncode == 0, done.stderr
     *loads, last = [line.split() for line in done.stdout.splitlines()]
     assert len(loads) == 2

@@ -1,8 +1,6 @@
 """A compiled step makes the same tokens, is compiled once, and is found by other processes."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ from torch._dynamo.testing import CompileCounter
 
 import quintet
 from conformance.families import Family, each
+from forking import Forks
 from quintet import CompileConfig, GenerationConfig
 from quintet.errors import InputError
 from quintet.generation.compiling import compiled
@@ -75,13 +74,15 @@ def test_what_cannot_be_compiled_is_named() -> None:
     assert "compile_config" not in GenerationConfig(compile_config=CompileConfig()).to_dict()
 
 
-# What is compiled is for no vectors: which ones the compiler knows is tried out for some seconds.
-SCRIPT = """
-import torch
+COMPILER = """
+import torch, torch._inductor.compile_fx
 from torch._dynamo.utils import counters
 from torch._inductor import config
 from quintet.generation.compiling import CompileConfig, compiled
 from quintet.layers.norm import RMSNorm
+"""
+# What is compiled is for no vectors: which ones the compiler knows is tried out for some seconds.
+SCRIPT = f"""{COMPILER}
 config.cpp.vec_isa_ok, config.compile_threads = False, 1
 made = compiled(RMSNorm(8, 1e-6), CompileConfig())(torch.arange(8.0)[None])
 found = counters["inductor"]["fxgraph_cache_hit"]
@@ -94,17 +95,11 @@ def test_another_process_finds_the_program(tmp_path: Path) -> None:
     # Our own kernels would be compiled for that cache as well.
     env["QUINTET_KERNELS"] = "0"
     env.pop("TORCHINDUCTOR_CACHE_DIR", None)
-    runs = [
-        subprocess.run(
-            [sys.executable, "-c", SCRIPT],
-            env=env,
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=900,
-        ).stdout.split("]")
-        for _ in range(2)
-    ]
+    forks = Forks(COMPILER)
+    done = [forks.run(SCRIPT, environment=env) for _ in range(2)]
+    forks.close()
+    assert [one.returncode for one in done] == [0, 0], [one.stderr for one in done]
+    runs = [one.stdout.split("]") for one in done]
     assert runs[0][0] == runs[1][0]
     assert int(runs[0][1]) == 0
     assert int(runs[1][1]) > 0

@@ -2,8 +2,7 @@
 
 import json
 import logging
-import subprocess
-import sys
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from gguf.quants import dequantize
 
 import ggufwriting
 from conformance.families import FAMILIES
+from forking import Forks
 from quintet import AutoConfig, AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from quintet.checkpoint import GGUFCheckpoint, open_weights
 from quintet.conversion import convert
@@ -192,7 +192,7 @@ print(sum(t.nbytes for t in model.state_dict().values()), peak() - before)
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's counters")
-def test_loading_holds_the_result_and_a_tensor(tmp_path: Path) -> None:
+def test_loading_holds_the_result_and_a_tensor(tmp_path: Path, forks: Forks) -> None:
     config = Qwen2Config(
         vocab_size=24_000,
         hidden_size=1024,
@@ -205,13 +205,9 @@ def test_loading_holds_the_result_and_a_tensor(tmp_path: Path) -> None:
     small = FAMILIES[0].model_of(hidden_size=64)
     for name, model in {"large": Qwen2ForCausalLM(config), "small": small}.items():
         ggufwriting.write(model, tmp_path / f"{name}.gguf", kind=lambda name, shape: Kind.Q8_0)
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, tmp_path / "small.gguf", tmp_path / "large.gguf"],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=600,
-    )
+    files = [tmp_path / f"{name}.gguf" for name in ("small", "large")]
+    done = forks.run(PROGRAM, *files, environment=os.environ)
+    assert done.returncode == 0, done.stderr
     held, most = map(int, done.stdout.split())
     # The embedding is 26 MB in the file, and would be 98 MB as numbers.
     assert most <= held + 26e6 + 60e6

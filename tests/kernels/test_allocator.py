@@ -2,11 +2,10 @@
 
 import os
 import platform
-import subprocess
-import sys
 
 import pytest
 
+from forking import Forks
 from quintet.kernels.allocator import MMAP_THRESHOLD, TRIM_THRESHOLD, keep
 
 pytestmark = pytest.mark.skipif(
@@ -30,22 +29,16 @@ print(kept, faults())
 """
 
 
-def run(**variables: str) -> tuple[bool, int]:
+def run(forks: Forks, **variables: str) -> tuple[bool, int]:
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_"))}
-    made = subprocess.run(
-        [sys.executable, "-c", FAULTS],
-        env={**clean, **variables},
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=600,
-    )
+    made = forks.run(FAULTS, environment={**clean, **variables})
+    assert made.returncode == 0, made.stderr
     kept, faults = made.stdout.split()
     return kept == "True", int(faults)
 
 
-def test_large_buffers_are_not_cleared_again_by_the_system() -> None:
-    kept, faults = run()
+def test_large_buffers_are_not_cleared_again_by_the_system(forks: Forks) -> None:
+    kept, faults = run(forks)
     if not kept:
         pytest.skip("there are no kernels here")
     # Without kernels, below, it is.
@@ -61,8 +54,8 @@ def test_large_buffers_are_not_cleared_again_by_the_system() -> None:
     ],
     ids=str,
 )
-def test_it_gives_way_to_what_somebody_set(variables: dict[str, str]) -> None:
-    kept, faults = run(**variables)
+def test_it_gives_way_to_what_somebody_set(variables: dict[str, str], forks: Forks) -> None:
+    kept, faults = run(forks, **variables)
     assert not kept
     assert faults > 40_000
 

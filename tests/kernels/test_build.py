@@ -1,3 +1,4 @@
+import os
 import stat
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from forking import Forks
 from quintet.kernels import outlook, report
 from quintet.kernels.build import SOURCES, best_level, find_compiler, recipe
 from quintet.kernels.store import BuildError
@@ -127,14 +129,10 @@ def test_it_is_compiled_once_whoever_asks(tmp_path: Path, quick: Path) -> None:
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
 
 
-def test_the_module_builds_and_reports(tmp_path: Path, quick: Path) -> None:
-    run = subprocess.run(
-        [sys.executable, "-m", "quintet.kernels"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=True,
-    )
+def test_the_module_builds_and_reports(tmp_path: Path, quick: Path, forks: Forks) -> None:
+    code = "import runpy; runpy.run_module('quintet.kernels', run_name='__main__')"
+    run = forks.run(code, environment=os.environ)
+    assert run.returncode == 0, run.stderr
     assert LEVEL in run.stdout
     assert list((tmp_path / "quintet").glob(f"kernels-{LEVEL}-*.so"))
 

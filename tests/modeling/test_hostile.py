@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from forking import Forks
 from quintet import AutoModelForCausalLM, AutoTokenizer
 from quintet.errors import QuintetError
 
@@ -121,7 +122,7 @@ for path in sys.argv[1:]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
-def test_sizes_that_no_file_backs_take_no_memory(root: Path, tmp_path: Path) -> None:
+def test_sizes_that_no_file_backs_take_no_memory(root: Path, tmp_path: Path, forks: Forks) -> None:
     config = json.loads((root / "config.json").read_text())
     contents = {kind: json.dumps({**config, **change}) for kind, change in SIZES.items()}
     contents["nan"] = json.dumps({**config, "initializer_range": float("nan")})
@@ -131,13 +132,7 @@ def test_sizes_that_no_file_backs_take_no_memory(root: Path, tmp_path: Path) -> 
     for kind, content in contents.items():
         paths.append(Path(shutil.copytree(root, tmp_path / kind)))
         (paths[-1] / "config.json").write_text(content)
-    done = subprocess.run(
-        [sys.executable, "-c", LIMITED, *map(str, paths)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    done = forks.run(LIMITED, *paths, environment=os.environ)
     assert done.returncode == 0, done.stderr[-2000:]
     said = dict(zip(contents, done.stdout.split(), strict=True))
     # Long text in a key that nobody reads is kept, as any unknown key.

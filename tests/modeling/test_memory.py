@@ -3,12 +3,11 @@
 import io
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from forking import Forks
 from quintet import Qwen2Config, Qwen2ForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 from quintet.modeling.progress import progress_bar
 
@@ -82,14 +81,8 @@ def experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def measured(root: Path, **options: str) -> tuple[int, int]:
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(root), json.dumps(options)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"},
-    )
+def measured(forks: Forks, root: Path, **options: str) -> tuple[int, int]:
+    done = forks.run(SCRIPT, root, json.dumps(options), environment=os.environ)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     return found["peak"], found["final"]
@@ -101,18 +94,22 @@ def measured(root: Path, **options: str) -> tuple[int, int]:
     [{}, {"dtype": "bfloat16"}, {"quantize": "int8"}],
     ids=["as-saved", "converted", "int8"],
 )
-def test_no_more_than_the_model_a_shard_and_a_little(dense: Path, options: dict[str, str]) -> None:
+def test_no_more_than_the_model_a_shard_and_a_little(
+    dense: Path, options: dict[str, str], forks: Forks
+) -> None:
     shard = max(path.stat().st_size for path in dense.glob("*.safetensors"))
-    peak, final = measured(dense, **options)
+    peak, final = measured(forks, dense, **options)
     assert shard < 100 * MEGABYTE
     assert peak <= final + shard + ALLOWED
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
 @pytest.mark.parametrize("options", [{}, {"dtype": "bfloat16"}], ids=["as-saved", "converted"])
-def test_experts_are_stacked_as_they_come(experts: Path, options: dict[str, str]) -> None:
+def test_experts_are_stacked_as_they_come(
+    experts: Path, options: dict[str, str], forks: Forks
+) -> None:
     # One file is one shard; but what has been read is given back, so that far less is needed.
-    peak, final = measured(experts, **options)
+    peak, final = measured(forks, experts, **options)
     assert (experts / "model.safetensors").stat().st_size > 400_000_000
     assert peak <= final + ALLOWED
 

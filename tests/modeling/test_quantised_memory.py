@@ -1,11 +1,11 @@
 """Loading in fewer bits: the most memory is what the model needs, a shard, and no stack twice."""
 
-import subprocess
-import sys
+import os
 from pathlib import Path
 
 import pytest
 
+from forking import Forks
 from quintet import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 # Large enough to stand out: stacks of 151 MB in 16 bits, in shards of 20 MB.
@@ -52,15 +52,10 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's counters")
 @pytest.mark.parametrize("quantize", ["int8", "int4", "nf4"])
-def test_no_stack_is_there_in_16_bits(quantize: str, saved: Path) -> None:
+def test_no_stack_is_there_in_16_bits(quantize: str, saved: Path, forks: Forks) -> None:
     size = sum(path.stat().st_size for path in saved.glob("*.safetensors"))
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(saved), quantize],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=600,
-    )
+    done = forks.run(PROGRAM, saved, quantize, environment=os.environ)
+    assert done.returncode == 0, done.stderr
     held, most = map(int, done.stdout.split())
     assert held < size * 0.6
     # A stack in 16 bits beside the model would be 151 MB more.
