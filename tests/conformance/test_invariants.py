@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 from comparisons import PADDING, TOLERANCE, batch
-from conformance.families import FAMILIES, HEADS, Family, each, each_head, each_variant
+from conformance.families import HEADS, Family, each, each_head, each_variant
 from quintet import Cache, DynamicCache, StaticCache
 from support import relative_error
 
@@ -166,23 +166,14 @@ def test_generation_without_a_cache_is_the_same_text(family: Family, variant: st
 
 # -- compiling -------------------------------------------------------------------------------
 
-COMPILED = pytest.mark.parametrize(
-    ("family", "variant", "routed"),
-    [
-        pytest.param(f, variant, routed, id=f"{f.name}-{variant}{'-routed' if routed else ''}")
-        for f in FAMILIES
-        for variant, routed in ((f.thorough[0], False), (f.thorough[1], bool(f.compared)))
-    ],
-)
-
 
 @torch.no_grad()
-@COMPILED
-def test_a_preallocated_decode_step_compiles_once(
-    family: Family, variant: str, routed: bool
-) -> None:
+@each
+def test_a_preallocated_decode_step_compiles_once(family: Family) -> None:
+    """With all it is asked for besides; plain steps are those of tests/generation."""
+    routed = bool(family.compared)
     asked = {"output_router_logits": True} if routed else {}
-    model = family.model_of(**{**family.variants[variant], **family.shallow})
+    model = family.model_of(**{**family.variants[family.thorough[1]], **family.shallow})
     past = StaticCache(model.config, max_cache_len=32)
     ids, mask = ids_of(0, 2, 20), torch.ones(2, 20, dtype=torch.long)
     mask[1, :3] = 0

@@ -21,7 +21,7 @@ from support import small_config
 @each()
 def test_the_tokens_are_the_same_and_the_step_is_compiled_once(family: Family) -> None:
     torch._dynamo.reset()
-    model = family.model_of(**family.shallow)
+    model = family.model_of(**{**family.variants[family.thorough[0]], **family.shallow})
     ids = torch.randint(101, (2, 9), generator=torch.Generator().manual_seed(3))
     mask = torch.ones_like(ids)
     mask[1, :4] = 0
