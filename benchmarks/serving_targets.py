@@ -44,7 +44,7 @@ from quintet.measurement.serving.asking import RequestRecord, Target
 from quintet.measurement.serving.connection import Address
 from quintet.measurement.serving.load import Load as Clients
 from quintet.measurement.serving.load import run
-from quintet.measurement.serving.workload import SHAPES, WORDS, Shape, Words
+from quintet.measurement.serving.workload import SHAPES, WORDS, Words, WorkloadShape
 
 DENSE = "qwen2-0.5b"
 # Whose conversations are followed, and in how many bits their caches are.
@@ -60,7 +60,7 @@ KEPT = (
 # Seconds for which an idle server is watched.
 REST = 10.0
 # The packaged model's context is 1,024 tokens.
-SHORT = Shape(shared=0, own=300, out=24, turns=6, grows=120)
+SHORT = WorkloadShape(shared=0, own=300, out=24, turns=6, grows=120)
 
 
 def one_client(bench: Bench) -> Iterator[Finding]:
@@ -166,7 +166,7 @@ def conversation(bench: Bench) -> Iterator[Finding]:
         yield Finding("T6", what, 1.15, share, more=more)
 
 
-async def _talk(server: Server, path: Path, shape: Shape) -> tuple[float, dict[str, Any]]:
+async def _talk(server: Server, path: Path, shape: WorkloadShape) -> tuple[float, dict[str, Any]]:
     """Return what is read of each new token, and the turns."""
     tokenizer = AutoTokenizer.from_pretrained(path)
     dice, words = random.Random(0), Words()
@@ -226,7 +226,7 @@ def short_prompts(bench: Bench) -> Iterator[Finding]:
 
 def crowd(bench: Bench) -> Iterator[Finding]:
     """T9: 64 clients at once, and how soon is refused who comes when there is no room."""
-    shape = Shape(shared=64, own=64, out=16)
+    shape = WorkloadShape(shared=64, own=64, out=16)
     with bench.server(DENSE, context=512) as server:
         target = target_of(server)
         load = Clients(conversations=128, clients=64)

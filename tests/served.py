@@ -15,7 +15,7 @@ from fastapi import APIRouter
 from quintet import AutoModelForCausalLM, AutoTokenizer, demo_model
 from quintet.server.app import create_app
 from quintet.server.process import HttpServer, listen
-from quintet.server.registry import Loaded, Offer, Registry
+from quintet.server.registry import Loaded, ModelRegistry, Offer
 from quintet.server.service import Service
 from quintet.server.settings import Settings
 from quintet.serving import Engine, Limits
@@ -92,7 +92,7 @@ def serving(*offers: Offer, router: APIRouter | None = None, **settings: Any) ->
 
     With the routes of a router beside the server's own.
     """
-    registry = Registry(offers or (Offer("demo", loaded, loaded=loaded()),))
+    registry = ModelRegistry(offers or (Offer("demo", loaded, loaded=loaded()),))
 
     def made(service: Service) -> HttpServer:
         app = create_app(service)

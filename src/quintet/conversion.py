@@ -17,7 +17,7 @@ from quintet.auto import AutoConfig, AutoTokenizer, family
 from quintet.checkpoint import (
     Checkpoint,
     GGUFCheckpoint,
-    Piece,
+    StackPiece,
     open_weights,
     pieces,
     read_consistently,
@@ -251,7 +251,7 @@ class WeightStream:
         slots = ((self.slots[name], to) for name, to in self._pieces() if name in self.slots)
         return {to.name: (slot.module.formats[slot.name], to.shape) for slot, to in slots}
 
-    def _pieces(self) -> Iterator[tuple[str, Piece]]:
+    def _pieces(self) -> Iterator[tuple[str, StackPiece]]:
         wanted = dict.fromkeys(name for name, _ in self.mapping.wanted.values())
         for name in wanted:
             for to in pieces(name, self.whole[name], self.model.expert_stacks):
@@ -276,7 +276,7 @@ class WeightStream:
                 self.read += sizes[in_file]
                 bar.update(sizes[in_file])
 
-    def _rounded(self, name: str, to: Piece) -> EncodedWeight | None:
+    def _rounded(self, name: str, to: StackPiece) -> EncodedWeight | None:
         """Return a piece that was rounded with a text in view."""
         expert, rows = (None, slice(0)) if to.place is None else to.place
         parts = self.rounded.get(MatrixPlace(name, expert))
@@ -287,7 +287,7 @@ class WeightStream:
         return EncodedWeight(slot.module.formats[slot.name], own, to.shape)
 
     def _converted(
-        self, weight: Tensor | EncodedWeight, to: Piece, slot: Slot | None, source: str
+        self, weight: Tensor | EncodedWeight, to: StackPiece, slot: Slot | None, source: str
     ) -> Iterator[tuple[str, Tensor]]:
         if slot is not None:
             weight_format = slot.module.formats[slot.name]
@@ -301,7 +301,9 @@ class WeightStream:
         yield to.name, weight.to(dtype) if weight.is_floating_point() else weight
 
 
-def _part(weight: Tensor | EncodedWeight, piece: Piece, to: Piece) -> Tensor | EncodedWeight:
+def _part(
+    weight: Tensor | EncodedWeight, piece: StackPiece, to: StackPiece
+) -> Tensor | EncodedWeight:
     """Cut the tensor of one piece out of a tensor that was read."""
     if to.place is None or piece.place is not None:
         return weight

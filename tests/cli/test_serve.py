@@ -25,7 +25,7 @@ from quintet.cli.output import size_of
 from quintet.cli.serve_banner import announcement
 from quintet.cli.serve_options import SIZE
 from quintet.ops import device_memory
-from quintet.server.registry import Offer, Registry
+from quintet.server.registry import ModelRegistry, Offer
 from quintet.server.service import Service
 from quintet.server.settings import Settings
 from quintet.serving import Limits, memory
@@ -258,7 +258,7 @@ def test_it_says_where_what_and_how_much() -> None:
     opened = Opened("demo", loaded_.engine.model, loaded_.tokenizer, 0.5)
     try:
         for keys, whom in (((), "this machine"), (("sk",), "who has the key")):
-            service = Service(Settings(keys=keys), Registry([offer]))
+            service = Service(Settings(keys=keys), ModelRegistry([offer]))
             lines, facts = announcement(service, ("127.0.0.1", 8000), [opened])
             text = "\n".join(lines)
             for part in ("http://127.0.0.1:8000/v1", whom, "4 rows of 256 tokens", "1,024 tokens"):

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from quintet.cli.shaping import Shape
+from quintet.cli.shaping import AnswerShape
 from quintet.errors import InputError
 
 SCHEMA = {
@@ -53,7 +53,7 @@ def test_a_schema_that_is_no_json_is_named(
     assert result.code == 2
     assert "JSON" in result.err
     with pytest.raises(InputError, match="no JSON"):
-        _ = Shape(schema=content).fields
+        _ = AnswerShape(schema=content).fields
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_files_of_texts_have_no_form(quintet: Any, chat_model: Path) -> None:
 
 
 def test_a_server_is_asked_for_it() -> None:
-    assert Shape().fields == {}
-    assert Shape(pattern="a").fields == {"regex": "a"}
-    asked = Shape(json.dumps(SCHEMA)).fields["response_format"]
+    assert AnswerShape().fields == {}
+    assert AnswerShape(pattern="a").fields == {"regex": "a"}
+    asked = AnswerShape(json.dumps(SCHEMA)).fields["response_format"]
     assert asked["json_schema"]["schema"] == SCHEMA

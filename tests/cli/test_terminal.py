@@ -9,7 +9,7 @@ import time
 import pytest
 
 from quintet.cli import compiling, output, terminal
-from quintet.cli.answer import Answer
+from quintet.cli.answer import AnswerPrinter
 from quintet.kernels import native as module
 from quintet.parsing.events import Content, Reasoning
 from waiting import until
@@ -110,7 +110,7 @@ def test_what_a_model_writes_gives_a_terminal_no_orders(
     out = Screen() if screen else io.StringIO()
     monkeypatch.setattr(sys, "stdout", out)
     monkeypatch.setenv("TERM", "dumb")
-    answer = Answer("show")
+    answer = AnswerPrinter("show")
     orders = "\x1b[2J\x1b]52;c;ZXZpbA==\x07\x9b31m\r\b"
     answer.feed([Reasoning(f"a{orders}"), Content(f"b\t{orders}c\n")])
     answer.end()

@@ -122,7 +122,7 @@ def test_numbers_of_rows_warp_each_as_its_own(name: str, V: int) -> None:
 
 
 def test_several_positions_keep_the_numbers_of_their_rows() -> None:
-    from quintet.generation.choice import Choice
+    from quintet.generation.choice import TokenChoice
 
     torch.manual_seed(0)
     text = TokenBuffer(torch.ones(1, 1).long())
@@ -131,7 +131,7 @@ def test_several_positions_keep_the_numbers_of_their_rows() -> None:
     scores = torch.randn(2, 3, 90)
     # In one row, more tie with the seventh than are looked at first.
     scores[1, 1] = 0.0
-    together = Choice.stack(choices).warped_positions(scores)
+    together = TokenChoice.stack(choices).warped_positions(scores)
     for row, choice in enumerate(choices):
         alone = choice.warped_positions(scores[row : row + 1])
         assert torch.equal(together[row : row + 1], alone)

@@ -17,14 +17,14 @@ from quintet.measurement.serving.asking import RequestRecord, Target, find
 from quintet.measurement.serving.connection import Address
 from quintet.measurement.serving.load import Load, run
 from quintet.measurement.serving.summary import Goals, lines, summary
-from quintet.measurement.serving.workload import Shape
+from quintet.measurement.serving.workload import WorkloadShape
 from waiting import PATIENCE, in_some_try
 
-SMALL = Shape(shared=20, own=12, out=5)
+SMALL = WorkloadShape(shared=20, own=12, out=5)
 
 
 def measured(
-    fake: FakeServer, shape: Shape, load: Load, warm: int = 0, **how: Any
+    fake: FakeServer, shape: WorkloadShape, load: Load, warm: int = 0, **how: Any
 ) -> list[RequestRecord]:
     async def both() -> list[RequestRecord]:
         target = await find(Address.of(fake.url), **how)
@@ -79,7 +79,7 @@ def test_who_may_not_begin_yet_is_late() -> None:
 
 def test_a_conversation_grows_by_what_was_said() -> None:
     fake = FakeServer()
-    shape = Shape(shared=4, own=10, out=3, turns=4, grows=8)
+    shape = WorkloadShape(shared=4, own=10, out=3, turns=4, grows=8)
     asked = measured(fake, shape, Load(conversations=2, clients=1))
     assert [one.prompt for one in asked] == [14, 22, 30, 38] * 2
     first, second, *_ = (body["prompt"] for body in fake.asked)
@@ -89,7 +89,7 @@ def test_a_conversation_grows_by_what_was_said() -> None:
 
 def test_some_hang_up() -> None:
     fake = FakeServer(pause=0.005)
-    shape = Shape(shared=0, own=8, out=6, drops=0.5)
+    shape = WorkloadShape(shared=0, own=8, out=6, drops=0.5)
     asked = measured(fake, shape, Load(conversations=30, clients=5))
     gone = [one for one in asked if one.dropped]
     assert 5 < len(gone) < 25
@@ -112,7 +112,7 @@ def test_no_conversation_begins_when_time_is_over() -> None:
 
 def test_what_is_under_way_is_cut() -> None:
     # Of an hour.
-    shape = Shape(shared=0, own=3, out=200_000)
+    shape = WorkloadShape(shared=0, own=3, out=200_000)
     load = Load(conversations=9, clients=2, seconds=1.0, cut=True)
 
     def cut() -> list[RequestRecord]:
@@ -143,7 +143,7 @@ def test_servers_that_count_nothing_and_take_no_ids(chunked: bool) -> None:
 def test_words_are_measured_in_tokens() -> None:
     # Its tokens are letters.
     fake = FakeServer()
-    shape = Shape(shared=0, own=200, out=1)
+    shape = WorkloadShape(shared=0, own=200, out=1)
     asked = measured(fake, shape, Load(conversations=4, clients=1), endpoint="chat")
     assert all(140 < one.prompt < 260 for one in asked)
     assert fake.asked[0]["messages"][0]["role"] == "user"
@@ -377,7 +377,7 @@ def test_servers_that_are_none() -> None:
 )
 def test_conversations_nobody_has(options: dict[str, Any]) -> None:
     with pytest.raises(InputError):
-        Shape(**{"shared": 1, "own": 1, "out": 1, **options})
+        WorkloadShape(**{"shared": 1, "own": 1, "out": 1, **options})
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from on_triton.cases import Case
-from quintet.generation.choice import Choice
+from quintet.generation.choice import TokenChoice
 from quintet.generation.processors.warpers import (
     MinPLogitsWarper,
     TemperatureLogitsWarper,
@@ -56,7 +56,7 @@ def by_steps(scores: Tensor, u: Tensor, **options: Any) -> tuple[Tensor, Tensor]
             warpers.append(stack([KINDS[name](one) for one in value[:, 0].tolist()]))
         elif value is not None:
             warpers.append(KINDS[name](value))
-    choice = Choice(warpers, do_sample=True)
+    choice = TokenChoice(warpers, do_sample=True)
     made = choice.launch_taking(choice.warped(scores), u=u)
     return made.tokens, made.best
 

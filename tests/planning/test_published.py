@@ -7,9 +7,9 @@ and sums over the released shapes.
 from functools import cache
 
 from quintet.planning.devices import device
-from quintet.planning.inference import Pace, Workload
-from quintet.planning.plans import Choice, Plan, plan_inference
-from quintet.planning.world import Limits, World
+from quintet.planning.inference import DecodePace, Workload
+from quintet.planning.plans import Plan, SplitChoice, plan_inference
+from quintet.planning.world import SplitLimits, World
 from released import released
 
 CONTEXT = 4989
@@ -23,7 +23,7 @@ def planned(
     redundant: int = 0,
     quantize: str | None = None,
     **fixed: int,
-) -> Plan[Choice]:
+) -> Plan[SplitChoice]:
     # The figures leave the prediction layer out.
     config = released("DeepSeek-V3", num_nextn_predict_layers=0)
     return plan_inference(
@@ -32,7 +32,7 @@ def planned(
         device(kind),
         work,
         quantize=quantize,
-        limits=Limits(tuple(fixed.items())),
+        limits=SplitLimits(tuple(fixed.items())),
         redundant=redundant,
     )
 
@@ -41,12 +41,12 @@ def close(value: float, to: float, by: float = 0.02) -> bool:
     return abs(value / to - 1) <= by
 
 
-def best(plan: Plan[Choice]) -> Choice:
+def best(plan: Plan[SplitChoice]) -> SplitChoice:
     assert plan.best is not None
     return plan.best
 
 
-def in_bytes(plan: Plan[Choice]) -> float:
+def in_bytes(plan: Plan[SplitChoice]) -> float:
     """Return the numbers of a device at a byte each, and two for embedding and head.
 
     We hold kv_b, which absorbed attention cuts up, and routers in 16 bits: a byte more each.
@@ -116,7 +116,7 @@ def test_of_eighteen_nodes_the_published_split_is_the_fastest() -> None:
         World(18, 8),
         device("h800"),
         Workload(CONTEXT, 88 * 144),
-        limits=Limits(most=(("pp", 1),)),
+        limits=SplitLimits(most=(("pp", 1),)),
         redundant=32,
     )
     assert (best(plan).split.tp, best(plan).split.ep) == (1, 144)
@@ -124,7 +124,7 @@ def test_of_eighteen_nodes_the_published_split_is_the_fastest() -> None:
 
 def test_the_published_nodes() -> None:
     day, node = 24 * 3600, World(1, 8)
-    decoding, reading = (Pace(rate, {"all": 1.0}, {"all": 1.0}) for rate in (14.8e3, 73.7e3))
+    decoding, reading = (DecodePace(rate, {"all": 1.0}, {"all": 1.0}) for rate in (14.8e3, 73.7e3))
     nodes = decoding.nodes(168e9 / day, node) + reading.nodes(608e9 / day, node)
     assert close(nodes, 226.75)
 

@@ -15,7 +15,7 @@ from quintet.planning.inference import Workload, footprint
 from quintet.planning.plans import described, plan_inference, plan_training
 from quintet.planning.shares import PlannedModel
 from quintet.planning.training import Training, training_footprint
-from quintet.planning.world import Limits, Split, World, splits
+from quintet.planning.world import Split, SplitLimits, World, splits
 from released import RELEASED, released
 
 H100 = device("h100")
@@ -30,7 +30,7 @@ def model_of(name: str, quantize: str | None = "none") -> PlannedModel:
 @settings(deadline=None)
 def test_splits_use_all_devices_once(nodes: int, each: int, experts: bool, train: bool) -> None:
     world = World(nodes, each)
-    found = list(splits(world, Limits(), experts=experts, train=train))
+    found = list(splits(world, SplitLimits(), experts=experts, train=train))
     assert len(set(found)) == len(found)
     assert Split(dp=world.size) in found
     for split in found:
@@ -43,7 +43,7 @@ def test_splits_use_all_devices_once(nodes: int, each: int, experts: bool, train
 
 def test_every_released_model_is_planned_in_seconds() -> None:
     started = time.process_time()
-    limits = Limits(most=(("pp", 2),))
+    limits = SplitLimits(most=(("pp", 2),))
     for name in RELEASED:
         work = Workload(4096, rows=16)
         plan = plan_inference(released(name), World(2, 8), H100, work, limits=limits)
@@ -131,7 +131,7 @@ def test_training_states_are_shared_among_groups(name: str) -> None:
 def test_more_parts_make_the_wait_of_stages_less() -> None:
     waits = []
     for rows in (8, 64):
-        limits = Limits((("pp", 4), ("tp", 1), ("fsdp", 1), ("dp", 2)))
+        limits = SplitLimits((("pp", 4), ("tp", 1), ("fsdp", 1), ("dp", 2)))
         plan = plan_training(
             released("Qwen2-0.5B"), World(1, 8), H100, Training(2048, rows), limits=limits
         )

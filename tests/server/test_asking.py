@@ -14,7 +14,7 @@ from quintet.parsing import CODER, Format, format_of
 from quintet.server.asking import ask
 from quintet.server.form_figures import FormFigures
 from quintet.server.questions import Ask, Conversation, Finish, Start
-from quintet.server.registry import Served
+from quintet.server.registry import ServedModel
 from quintet.serving import Answer, Limits
 from quintet.tokenization import IncrementalDecoder
 
@@ -61,7 +61,7 @@ def heard(
     engine: Any = Writes(name, text, reason)
     made = tokenizer(name)
     shapes: Any = SimpleNamespace(processor=lambda *_, **__: None, figures=figures or FormFigures())
-    served = Served("m", engine, made, None, 0, 4096, "fp", shapes, calls)
+    served = ServedModel("m", engine, made, None, 0, 4096, "fp", shapes, calls)
     talk = {"tools": TOOLS, **{k: options.pop(k) for k in ("tools", "thinking") if k in options}}
     question = Ask(prompt=Conversation(messages=messages, **talk), **options)
 

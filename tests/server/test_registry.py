@@ -13,7 +13,7 @@ import torch
 
 from quintet import AutoModelForCausalLM, AutoTokenizer, LoraConfig, demo_model
 from quintet.errors import CheckpointError, InputError, RankFailedError
-from quintet.server.registry import Loaded, Offer, Registry
+from quintet.server.registry import Loaded, ModelRegistry, Offer
 from quintet.serving import Engine, Limits
 from served import loaded, serving
 from waiting import until
@@ -131,9 +131,9 @@ def test_an_adapter_is_a_model_by_its_name(tmp_path: Path) -> None:
 
 def test_names_are_one_each() -> None:
     with pytest.raises(InputError, match="no model"):
-        Registry([])
+        ModelRegistry([])
     with pytest.raises(InputError, match="two models"):
-        Registry([Offer("a", loaded), Offer("b", loaded, ("a",))])
+        ModelRegistry([Offer("a", loaded), Offer("b", loaded, ("a",))])
 
 
 def test_a_model_that_fails_for_good_ends_the_server() -> None:

@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="Triton is made for Linux")
 
 from on_triton.sampling import by_steps, rows
 from quintet.backends import REGISTRY
-from quintet.generation.choice import Choice, Chosen
+from quintet.generation.choice import Chosen, TokenChoice
 from quintet.generation.processors import warpers
 from quintet.generation.processors.base import LogitsWarper
 from quintet.triton.backend import BACKEND
@@ -71,7 +71,7 @@ def test_a_choice_draws_so_where_a_backend_does(monkeypatch: pytest.MonkeyPatch)
         warpers.TopKLogitsWarper(20),
         warpers.TopPLogitsWarper(0.9),
     ]
-    choice = Choice(three, do_sample=True)
+    choice = TokenChoice(three, do_sample=True)
     right = choice.launch_taking(choice.warped(scores), u=u)
     with REGISTRY.registered(BACKEND):
         asked: list[int] = []
@@ -80,7 +80,7 @@ def test_a_choice_draws_so_where_a_backend_does(monkeypatch: pytest.MonkeyPatch)
             asked.append(1)
             return Chosen(torch.zeros(2, dtype=torch.long), right.best)
 
-        monkeypatch.setattr(Choice, "launch_taking", taken)
+        monkeypatch.setattr(TokenChoice, "launch_taking", taken)
         made = choice.launch(scores, u=u)
         assert not asked
         assert torch.equal(made.tokens, right.tokens)
@@ -92,5 +92,5 @@ def test_a_choice_draws_so_where_a_backend_does(monkeypatch: pytest.MonkeyPatch)
             [three[1], three[1]],
         ]
         for other in others:
-            Choice(other, do_sample=True).launch(scores, u=u)
+            TokenChoice(other, do_sample=True).launch(scores, u=u)
     assert len(asked) == len(others)

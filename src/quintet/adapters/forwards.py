@@ -23,7 +23,7 @@ from quintet.adapters.lowrank import (
     LowRank,
     Remembered,
 )
-from quintet.adapters.stacked import FEW, Share, StackedLowRank
+from quintet.adapters.stacked import FEW, AdapterShare, StackedLowRank
 from quintet.layers.adapted import AdaptedForward, AdapterPlace, Places
 from quintet.layers.moe import ExpertStack
 from quintet.ops.moe import each_hit_expert, gated
@@ -191,7 +191,7 @@ class _LinearForward(Forward):
                 return None
             if not addition.is_product or addition.training:
                 return None
-            shares.append(Share(number, addition, one.weight))
+            shares.append(AdapterShare(number, addition, one.weight))
         if not shares:
             return None
         tensors = [t for one in shares for t in (one.addition.lora_A, one.addition.lora_B)]

@@ -21,7 +21,7 @@ from quintet.adapters.lowrank import LowRank
 FEW = 64
 
 
-class Share(NamedTuple):
+class AdapterShare(NamedTuple):
     """An adapter's addition to a map.
 
     Attributes:
@@ -49,7 +49,7 @@ class StackedLowRank(NamedTuple):
     owner: Tensor
 
     @classmethod
-    def of(cls, shares: Sequence[Share]) -> "StackedLowRank":
+    def of(cls, shares: Sequence[AdapterShare]) -> "StackedLowRank":
         """Stack additions that are low-rank and nothing else."""
         with torch.no_grad():
             A = torch.cat([one.addition.lora_A for one in shares])

@@ -2,8 +2,8 @@
 
 from quintet.checkpoint.consistency import read_consistently, recover
 from quintet.checkpoint.expert_stacks import (
-    Piece,
     StackExperts,
+    StackPiece,
     count_pieces,
     pieces,
     split_tensors,
@@ -23,9 +23,9 @@ __all__ = [
     "GGUFCheckpoint",
     "InMemory",
     "Mismatch",
-    "Piece",
     "Renamed",
     "StackExperts",
+    "StackPiece",
     "TensorInfo",
     "Weights",
     "compare",

@@ -33,7 +33,7 @@ class StackExperts:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class StackPiece:
     """A tensor on disk that fills a model's tensor, or one expert's rows of it."""
 
     name: str
@@ -45,16 +45,16 @@ class Piece:
         return tensor if self.place is None else tensor[self.place]
 
 
-def pieces(name: str, shape: Shape, stacks: Sequence[StackExperts]) -> list[Piece]:
+def pieces(name: str, shape: Shape, stacks: Sequence[StackExperts]) -> list[StackPiece]:
     """List the tensors on disk that fill a tensor of the model."""
     stack = _stack_of(name, stacks)
     if stack is None:
-        return [Piece(name, shape)]
+        return [StackPiece(name, shape)]
     prefix = name.removesuffix(stack.stacked)
     rows, rest = divmod(shape[1], len(stack.parts))
     assert not rest, f"{name} {shape} is not {len(stack.parts)} parts of equal height"
     return [
-        Piece(
+        StackPiece(
             prefix + part.format(expert),
             (rows, *shape[2:]),
             (expert, slice(index * rows, (index + 1) * rows)),

@@ -13,7 +13,7 @@ from quintet.parsing.events import Content, Event, Reasoning
 Shown = Literal["fold", "show", "hide"]
 
 
-class Answer:
+class AnswerPrinter:
     """Writes an answer to standard output, and keeps it, also where it is interrupted.
 
     Attributes:

@@ -14,7 +14,7 @@ from quintet.errors import InputError, shown
 
 if TYPE_CHECKING:
     from quintet.measurement.serving.load import Load
-    from quintet.measurement.serving.workload import Shape
+    from quintet.measurement.serving.workload import WorkloadShape
 
 SHAPE = ("shared", "own", "out", "turns", "grows", "drops")
 
@@ -136,7 +136,7 @@ async def _measured(
     extra: dict[str, Any],
     key: str | None,
     timeout: float,
-    shape: "Shape",
+    shape: "WorkloadShape",
     load: "Load",
     warm: int,
     goals: Any,

@@ -26,13 +26,13 @@ from quintet.cli.partner import Outcome, Partner
 from quintet.cli.results import counted
 from quintet.cli.servers import is_address, key_for, key_option
 from quintet.cli.settings import SETTING, parse
-from quintet.cli.shaping import Shape, shape_options
+from quintet.cli.shaping import AnswerShape, shape_options
 from quintet.cli.terminal import complain, note, unechoed
 from quintet.cli.together import Led, begin, follow, follows, several
 from quintet.errors import InputError, QuintetError
 
 if TYPE_CHECKING:
-    from quintet.cli.answer import Answer, Shown
+    from quintet.cli.answer import AnswerPrinter, Shown
 
 REASONING = ("fold", "show", "hide")
 # Seconds to the first token that are worth a word.
@@ -68,7 +68,7 @@ def command(
     seed: int | None,
     quiet: bool,
     sampling: dict[str, Any],
-    shape: Shape,
+    shape: AnswerShape,
     **where: Any,
 ) -> None:
     """Talk with MODEL, a directory or hub id of a model with a chat template.
@@ -218,9 +218,9 @@ class _Talk:
 
     def answer(self, text: str) -> None:
         """Answer one message, and keep both unless there is no answer."""
-        from quintet.cli.answer import Answer
+        from quintet.cli.answer import AnswerPrinter
 
-        answer, outcome = Answer(self.reasoning, self.quiet), None
+        answer, outcome = AnswerPrinter(self.reasoning, self.quiet), None
         # What there is when Ctrl-C is pressed is the answer, and has been shown. What started
         # several processes ends with it, and so do they.
         stops = () if several() else (KeyboardInterrupt,)
@@ -232,7 +232,7 @@ class _Talk:
         self.conversation.add(text, answer.text, answer.thought)
         self._report(answer, outcome or Outcome())
 
-    def _report(self, answer: "Answer", outcome: Outcome) -> None:
+    def _report(self, answer: "AnswerPrinter", outcome: Outcome) -> None:
         later = answer.tokens - 1
         figures = counted(answer.tokens)
         if later > 0:

@@ -31,7 +31,7 @@ from quintet.cli.results import (
 )
 from quintet.cli.servers import is_address, key_for, key_option
 from quintet.cli.settings import COUNT, SETTING, applied, describe, parse
-from quintet.cli.shaping import Shape, shape_options
+from quintet.cli.shaping import AnswerShape, shape_options
 from quintet.cli.terminal import Waiting, harmless, note, unechoed
 from quintet.errors import InputError
 from quintet.hub import demo_model
@@ -82,7 +82,7 @@ def command(
     seed: int | None,
     quiet: bool,
     sampling: dict[str, Any],
-    shape: Shape,
+    shape: AnswerShape,
     **where: Any,
 ) -> None:
     """Continue PROMPT, or what is piped in, and print the text as it is made.
@@ -157,7 +157,7 @@ def _continue(
     text: str,
     generator: "torch.Generator",
     seed: int,
-    shape: Shape,
+    shape: AnswerShape,
     echo: bool,
     as_json: bool,
     quiet: bool,

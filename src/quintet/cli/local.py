@@ -10,11 +10,11 @@ from quintet.cli.options import Opened, choose, open_model, with_default_length
 from quintet.cli.partner import Outcome
 from quintet.cli.results import counted, cut, draft_summary, speculation_of
 from quintet.cli.settings import applied, describe, drawn, seed_of
-from quintet.cli.shaping import Shape
+from quintet.cli.shaping import AnswerShape
 from quintet.errors import ChatTemplateError, InputError
 
 if TYPE_CHECKING:
-    from quintet.cli.answer import Answer
+    from quintet.cli.answer import AnswerPrinter
     from quintet.cli.reading import Reading
     from quintet.generation.config import GenerationConfig
     from quintet.tokenization import PreTrainedTokenizer
@@ -47,7 +47,7 @@ class Local:
         settings: Sequence[str],
         quiet: bool,
         where: Mapping[str, Any],
-        shape: Shape,
+        shape: AnswerShape,
     ) -> None:
         self.opened: Opened = open_model(name, quiet=quiet, **where)
         if not self.opened.tokenizer.chat_template:
@@ -79,7 +79,7 @@ class Local:
         most = "" if limited else f", at most {LONGEST_ANSWER:,} tokens an answer"
         return f"{self.opened.describe()}; {describe(config, self._seed)}{most}"
 
-    def answer(self, messages: Sequence[Message], answer: "Answer") -> Outcome:
+    def answer(self, messages: Sequence[Message], answer: "AnswerPrinter") -> Outcome:
         """Answer messages."""
         import torch
 

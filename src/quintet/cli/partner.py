@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from quintet.cli.conversation import Message
 
 if TYPE_CHECKING:
-    from quintet.cli.answer import Answer
+    from quintet.cli.answer import AnswerPrinter
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class Partner(Protocol):
         """Describe the model and its settings in a line."""
         ...
 
-    def answer(self, messages: Sequence[Message], answer: "Answer") -> Outcome:
+    def answer(self, messages: Sequence[Message], answer: "AnswerPrinter") -> Outcome:
         """Answer messages, and pass the answer's events on.
 
         Raises:

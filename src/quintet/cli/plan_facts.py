@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING, Any
 from quintet.cli.output import Fact, size_of
 
 if TYPE_CHECKING:
-    from quintet.planning.inference import Pace
-    from quintet.planning.plans import Choice, Plan, TrainingChoice
+    from quintet.planning.inference import DecodePace
+    from quintet.planning.plans import Plan, SplitChoice, TrainingChoice
     from quintet.planning.world import Split
 
-    AnyPlan = Plan[Choice] | Plan[TrainingChoice]
+    AnyPlan = Plan[SplitChoice] | Plan[TrainingChoice]
 
 
 def world_facts(plan: "AnyPlan") -> dict[str, Any]:
@@ -69,7 +69,7 @@ def split_of(split: "Split") -> dict[str, int]:
     }
 
 
-def pace_fact(pace: "Pace", rows: int | None = None) -> Fact:
+def pace_fact(pace: "DecodePace", rows: int | None = None) -> Fact:
     """Describe a speed and its bottleneck."""
     text = (
         f"{count(pace.tokens_per_second)} tokens/s, at most {count(pace.at_most)}, "

@@ -11,7 +11,7 @@ from quintet.errors import InputError
 
 if TYPE_CHECKING:
     from quintet.planning.devices import Device
-    from quintet.planning.world import Limits, World
+    from quintet.planning.world import SplitLimits, World
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 COUNTS = ("tp", "ep", "pp", "dp", "fsdp")
@@ -153,13 +153,13 @@ class WorldOptions:
         else:
             _refuse(training, "is about training; give --train, or leave it out")
 
-    def limits(self, size: int) -> "Limits":
+    def limits(self, size: int) -> "SplitLimits":
         """Return the possible splits of `size` devices.
 
         Raises:
             InputError: options that say different things.
         """
-        from quintet.planning.world import Limits
+        from quintet.planning.world import SplitLimits
 
         counts = dict(self.counts)
         if self.dp_attention:
@@ -168,7 +168,7 @@ class WorldOptions:
                     "--dp-attention is --tp 1 --pp 1 --ep and --dp of all devices; leave those out"
                 )
             counts = {"tp": 1, "pp": 1, "dp": size, "ep": size}
-        return Limits(tuple(counts.items()), tuple(self.most.items()))
+        return SplitLimits(tuple(counts.items()), tuple(self.most.items()))
 
 
 def _refuse(options: Mapping[str, Any], reason: str) -> None:

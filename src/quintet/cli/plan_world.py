@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from quintet.checkpoint import TensorInfo
     from quintet.configuration import PreTrainedConfig
     from quintet.planning.inference import Workload
-    from quintet.planning.plans import Choice, Plan
+    from quintet.planning.plans import Plan, SplitChoice
 
 _BETWEEN = ("sums", "exchange", "stages")
 
@@ -68,7 +68,7 @@ def plan_in_world(
     return facts, None
 
 
-def _facts(plan: "Plan[Choice]", work: "Workload", dtype: str, splits: int) -> dict[str, Any]:
+def _facts(plan: "Plan[SplitChoice]", work: "Workload", dtype: str, splits: int) -> dict[str, Any]:
     choice = plan.best or plan.nearest
     memory, groups = choice.memory, choice.split.groups
     kind = dtype if plan.quantized is None else f"{plan.model.form} and {dtype}"
@@ -99,7 +99,7 @@ def _facts(plan: "Plan[Choice]", work: "Workload", dtype: str, splits: int) -> d
     return {**facts, **other_facts(plan, splits)}
 
 
-def _room(choice: "Choice", context: int) -> str:
+def _room(choice: "SplitChoice", context: int) -> str:
     if choice.memory.total > choice.room:
         return "none"
     text = f"{choice.rows:,} rows of {context:,} tokens in all"
@@ -108,7 +108,9 @@ def _room(choice: "Choice", context: int) -> str:
     return text
 
 
-def _communication(plan: "Plan[Choice]", choice: "Choice", work: "Workload") -> dict[str, Fact]:
+def _communication(
+    plan: "Plan[SplitChoice]", choice: "SplitChoice", work: "Workload"
+) -> dict[str, Fact]:
     from quintet.planning.inference import moved
 
     if choice.split.size == choice.split.dp and not choice.split.exchanges:

@@ -16,7 +16,7 @@ PLACES = 2
 
 
 @dataclass
-class Turn:
+class ReadingTurn:
     """A turn that can be continued.
 
     Attributes:
@@ -57,7 +57,7 @@ class Reading:
     @contextmanager
     def turn(
         self, ids: Sequence[int], config: GenerationConfig, stable: Callable[[], int]
-    ) -> Iterator[Turn]:
+    ) -> Iterator[ReadingTurn]:
         """Continue a prompt behind `cached_length`; set the turn's `ids` before this ends.
 
         Args:
@@ -67,7 +67,7 @@ class Reading:
                 is; asked only for recurrent layers.
         """
         if not _can_continue(config) or len(ids) >= self._model.config.max_position_embeddings:
-            yield Turn(None)
+            yield ReadingTurn(None)
             return
         if self._cache is None:
             self._cache = (
@@ -75,7 +75,7 @@ class Reading:
                 if self._bits is None
                 else QuantizedCache(self._model.config, self._bits)
             )
-        turn = Turn(self._cache)
+        turn = ReadingTurn(self._cache)
         try:
             if _is_recurrent(self._cache):
                 self._read(ids, stable(), config.prefill_chunk_size)

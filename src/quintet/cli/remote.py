@@ -17,7 +17,7 @@ from collections.abc import (
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from typing import Any, TypeVar
 
-from quintet.cli.answer import Answer
+from quintet.cli.answer import AnswerPrinter
 from quintet.cli.conversation import Message
 from quintet.cli.partner import Outcome
 from quintet.cli.results import counted
@@ -90,7 +90,7 @@ class Remote:
         """Describe the model and its settings in a line."""
         return f"{self._model} at {self._url}; {self._described()}"
 
-    def answer(self, messages: Sequence[Message], answer: Answer) -> Outcome:
+    def answer(self, messages: Sequence[Message], answer: AnswerPrinter) -> Outcome:
         """Answer messages; Ctrl-C hangs up, and the server stops."""
         answer.waiting.text = "waiting for the server"
         answer.begin()
@@ -182,7 +182,7 @@ class Remote:
             if isinstance(name := model.get("id"), str)
         }
 
-    async def _converse(self, messages: list[Message], answer: Answer) -> str | None:
+    async def _converse(self, messages: list[Message], answer: AnswerPrinter) -> str | None:
         ended = None
         async with self._ask("/v1/chat/completions", self._body(messages=messages)) as reply:
             answer.waiting.text = "reading"

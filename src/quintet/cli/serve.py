@@ -111,7 +111,7 @@ def command(
     from quintet.cli.serve_banner import announcement
     from quintet.server.logs import logged, set_up
     from quintet.server.process import listen, serve
-    from quintet.server.registry import Registry
+    from quintet.server.registry import ModelRegistry
     from quintet.server.service import Service
 
     bits = None if cache_dtype is None else BITS[cache_dtype]
@@ -137,7 +137,7 @@ def command(
             offers, opened = zip(*(_offer(one, opening) for one in wanted), strict=True)
         if group:
             speak()
-        service = Service(settings, Registry(offers))
+        service = Service(settings, ModelRegistry(offers))
         lines, facts = announcement(service, sock.getsockname(), opened)
         # Nothing here may hold a model that is unloaded.
         del offers, opened

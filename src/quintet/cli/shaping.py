@@ -18,7 +18,7 @@ MAX_BYTES = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class AnswerShape:
     """A form; without schema and expression any text has it."""
 
     schema: str | None = None
@@ -83,7 +83,7 @@ def shape_options(command: Callable[..., None]) -> Callable[..., None]:
             from quintet.cli.texts import text_of_file
 
             schema = text_of_file(json_schema, MAX_BYTES)
-        command(shape=Shape(schema, regex), **given)
+        command(shape=AnswerShape(schema, regex), **given)
 
     for option in (
         click.option("--regex", metavar="PATTERN", help="What the answer has to match."),

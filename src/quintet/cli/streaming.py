@@ -4,7 +4,7 @@ import sys
 
 from torch import Tensor
 
-from quintet.cli.answer import Answer
+from quintet.cli.answer import AnswerPrinter
 from quintet.cli.terminal import Waiting, harmless
 from quintet.generation.streamers import TextStreamer
 from quintet.parsing import parser_for
@@ -41,7 +41,7 @@ class AnswerStreamer(TextStreamer):
         answer: is told.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizer, prompt: str, answer: Answer) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizer, prompt: str, answer: AnswerPrinter) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self._answer = answer
         self._parser = parser_for(tokenizer, prompt, tools=False)

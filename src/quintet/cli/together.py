@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 from quintet.errors import DisagreementError, QuintetError, RankFailedError
 
 if TYPE_CHECKING:
-    from quintet.cli.answer import Answer
+    from quintet.cli.answer import AnswerPrinter
     from quintet.cli.conversation import Message
     from quintet.cli.partner import Outcome, Partner
     from quintet.parallel.faults import Watch
@@ -138,7 +138,7 @@ class Led:
         """Describe the model and its settings in a line."""
         return self._partner.describe()
 
-    def answer(self, messages: "Sequence[Message]", answer: "Answer") -> "Outcome":
+    def answer(self, messages: "Sequence[Message]", answer: "AnswerPrinter") -> "Outcome":
         """Answer messages."""
         self._say("answer", list(messages))
         return self._partner.answer(messages, answer)
@@ -166,7 +166,7 @@ def follow(partner: "Partner", *, unread: bool = False) -> None:
         partner: this process's.
         unread: whether it makes texts of its own, that nobody reads.
     """
-    from quintet.cli.answer import Answer
+    from quintet.cli.answer import AnswerPrinter
 
     watch = _watch()
     assert watch is not None, "there is nobody to follow"
@@ -181,7 +181,7 @@ def follow(partner: "Partner", *, unread: bool = False) -> None:
             if order == "set":
                 partner.set(value)
             else:
-                partner.answer(value, Answer("hide", quiet=True))
+                partner.answer(value, AnswerPrinter("hide", quiet=True))
         except DisagreementError:
             raise
         except RankFailedError:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from quintet.generation.decode import Generation, note
-from quintet.generation.outputs import ForwardOutput, Record
+from quintet.generation.outputs import ForwardOutput, GenerationRecord
 from quintet.generation.sampler import Sampler
 from quintet.generation.stopping import Stopping
 from quintet.generation.token_buffer import TokenBuffer
@@ -225,7 +225,7 @@ def _candidates(
 
 
 def _stops(
-    taken: _Beams, text: TokenBuffer, stopping: Stopping, step: int, record: Record
+    taken: _Beams, text: TokenBuffer, stopping: Stopping, step: int, record: GenerationRecord
 ) -> Tensor:
     """Mark the candidates that end, (B, K)."""
     tokens = taken.tokens[:, :, step]

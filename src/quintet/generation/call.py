@@ -15,12 +15,12 @@ from quintet.generation.arguments import Arguments
 from quintet.generation.beams import BeamOptions, beam_search
 from quintet.generation.caches import open_cache
 from quintet.generation.config import GenerationConfig
-from quintet.generation.decode import Forward, Generation, LanguageModel, TokenLimits, decode
+from quintet.generation.decode import Generation, LanguageModel, ModelRunner, TokenLimits, decode
 from quintet.generation.guiding import guidance
 from quintet.generation.healing import heal
 from quintet.generation.in_turns import decode_in_turns, groups_of, in_groups, pieces_of
 from quintet.generation.late import decode_late, decodes_late
-from quintet.generation.outputs import Record
+from quintet.generation.outputs import GenerationRecord
 from quintet.generation.prepared import PreparedForward, check_prepared
 from quintet.generation.processors.assemble import Setting, assemble
 from quintet.generation.processors.base import LogitsProcessor, LogitsProcessorList
@@ -96,7 +96,7 @@ class Decided:
     speculates: bool
     prepared: bool
     stopping: Stopping
-    record: Record
+    record: GenerationRecord
 
     @property
     def copies(self) -> int:
@@ -204,7 +204,7 @@ def decide(
         speculates=speculates,
         prepared=prepared,
         stopping=plan.stopping(config, criteria, given.tokenizer, model.device),
-        record=Record.of(config),
+        record=GenerationRecord.of(config),
     )
 
 
@@ -289,7 +289,7 @@ class Call:
         """Prefill prompts, and return the generation that continues them."""
         decided, record = self.decided, self.decided.record
         config, max_new_tokens, copies = decided.config, decided.max_new_tokens, decided.copies
-        forward = (PreparedForward if decided.prepared else Forward)(
+        forward = (PreparedForward if decided.prepared else ModelRunner)(
             cast("LanguageModel", self.model),
             cache,
             record=record,

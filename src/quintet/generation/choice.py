@@ -25,7 +25,7 @@ class Chosen(NamedTuple):
     best: Tensor
 
 
-class Choice:
+class TokenChoice:
     """Takes a token for each row of scores (B, V).
 
     Args:
@@ -54,7 +54,7 @@ class Choice:
         return self.do_sample, self._k, *(warping.kind(warper) for warper in self.warpers)
 
     @classmethod
-    def stack(cls, choices: Sequence["Choice"]) -> "Choice":
+    def stack(cls, choices: Sequence["TokenChoice"]) -> "TokenChoice":
         """Join choices of one kind, a row each, into one with values per row."""
         columns = zip(*(choice.warpers for choice in choices), strict=True)
         return cls([warping.stack(column) for column in columns], do_sample=choices[0].do_sample)
@@ -139,10 +139,10 @@ class Choice:
         drawn = None if cuts is None else sampling.draw_in_one_pass(scores, u, **cuts)
         return None if drawn is None else Chosen(*drawn)
 
-    def on(self, device: torch.device) -> "Choice":
+    def on(self, device: torch.device) -> "TokenChoice":
         """Move the values per row to a device."""
         warpers = [warping.on(warper, device) for warper in self.warpers]
-        return Choice(warpers, do_sample=self.do_sample)
+        return TokenChoice(warpers, do_sample=self.do_sample)
 
     def take(
         self,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from quintet.errors import InputError
-from quintet.generation.choice import Choice, Chosen
+from quintet.generation.choice import Chosen, TokenChoice
 from quintet.generation.fetching import Fetched
 from quintet.generation.sampler import Sampler
 from quintet.generation.token_buffer import TokenBuffer
@@ -28,7 +28,7 @@ class _Group:
 
     rows: list[int]
     index: Tensor | None
-    choice: Choice
+    choice: TokenChoice
 
 
 class Taken:
@@ -84,7 +84,7 @@ class Choosing:
             _Group(
                 rows,
                 None if len(kinds) == 1 else torch.tensor(rows, dtype=torch.long, device="cpu"),
-                Choice.stack([samplers[row].choice for row in rows]),
+                TokenChoice.stack([samplers[row].choice for row in rows]),
             )
             for rows in kinds.values()
         ]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from quintet.cache import Cache
 from quintet.errors import InputError
-from quintet.generation.outputs import ForwardOutput, Record
+from quintet.generation.outputs import ForwardOutput, GenerationRecord
 from quintet.generation.prompt import Prompt
 from quintet.generation.recorded import RecordedRows
 from quintet.generation.sampler import Sampler
@@ -39,7 +39,7 @@ class LanguageModel(Protocol):
         ...
 
 
-class Forward:
+class ModelRunner:
     """The forwards of one generation: prefill, then steps.
 
     Args:
@@ -56,7 +56,7 @@ class Forward:
         model: LanguageModel,
         cache: Cache | None,
         *,
-        record: Record | None = None,
+        record: GenerationRecord | None = None,
         keeps_cache: bool = False,
         program: LanguageModel | None = None,
     ) -> None:
@@ -245,14 +245,14 @@ class Generation:
         streamer: gets every token.
     """
 
-    forward: Forward
+    forward: ModelRunner
     output: ForwardOutput
     text: TokenBuffer
     sampler: Sampler
     stopping: Stopping
     limits: TokenLimits
     pad: int
-    record: Record
+    record: GenerationRecord
     streamer: Streamer | None = None
 
 

@@ -28,7 +28,7 @@ DOUBLED, MORE = 8, 8
 PLAIN = (Tensor, nn.Parameter)
 
 
-class Steps(Protocol):
+class StepProgram(Protocol):
     """Interface of the model, or program, that a step runs."""
 
     def __call__(
@@ -54,7 +54,7 @@ class Recording:
     """
 
     graphs: Graphs | None = None
-    compile: Callable[[Steps], Steps] | None = None
+    compile: Callable[[StepProgram], StepProgram] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,9 @@ class FixedStep:
         recording: how steps are recorded.
     """
 
-    def __init__(self, model: Steps, cache: PooledCache, size: int, recording: Recording) -> None:
+    def __init__(
+        self, model: StepProgram, cache: PooledCache, size: int, recording: Recording
+    ) -> None:
         self.cache, self.size = cache, size
         self._module = cast("nn.Module", model)
         self._program = model if recording.compile is None else recording.compile(model)

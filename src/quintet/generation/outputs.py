@@ -13,7 +13,7 @@ __all__ = [
     "ForwardOutput",
     "GenerateBeamDecoderOnlyOutput",
     "GenerateDecoderOnlyOutput",
-    "Record",
+    "GenerationRecord",
     "Speculation",
 ]
 
@@ -134,7 +134,7 @@ class ForwardOutput:
 
 
 @dataclass(slots=True)
-class Record:
+class GenerationRecord:
     """The values that a generation records per step; lists that are not None."""
 
     scores: list[Tensor] | None = None
@@ -144,7 +144,7 @@ class Record:
     wanted: bool = False
 
     @classmethod
-    def of(cls, config: GenerationConfig) -> "Record":
+    def of(cls, config: GenerationConfig) -> "GenerationRecord":
         """Return the record that a config requests."""
         if not config.return_dict_in_generate:
             return cls()

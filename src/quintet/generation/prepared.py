@@ -8,7 +8,7 @@ from torch import Tensor
 
 from quintet.errors import InputError
 from quintet.generation.config import GenerationConfig
-from quintet.generation.decode import Forward
+from quintet.generation.decode import ModelRunner
 from quintet.generation.outputs import ForwardOutput
 from quintet.generation.prompt import Prompt
 from quintet.generation.token_buffer import TokenBuffer
@@ -16,7 +16,7 @@ from quintet.generation.token_buffer import TokenBuffer
 Prepare = Callable[..., dict[str, Any]]
 
 
-class PreparedForward(Forward):
+class PreparedForward(ModelRunner):
     """The forwards of one generation with arguments prepared by the caller's method.
 
     It sees the whole text at every step, and may put something in front of a prompt.

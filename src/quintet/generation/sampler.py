@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from quintet.errors import InputError
-from quintet.generation.choice import Choice, Chosen
+from quintet.generation.choice import Chosen, TokenChoice
 from quintet.generation.processors.base import (
     ConstrainingProcessor,
     LogitsProcessor,
@@ -50,7 +50,7 @@ class Sampler:
         while first and _warps(self.processors[first - 1]):
             first -= 1
         self.readers = LogitsProcessorList(self.processors[:first])
-        self.choice = Choice(self.processors[first:], do_sample=do_sample)
+        self.choice = TokenChoice(self.processors[first:], do_sample=do_sample)
 
     # -- one position ------------------------------------------------------------------------
 

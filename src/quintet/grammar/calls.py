@@ -9,7 +9,7 @@ from quintet.errors import GrammarError, shown
 from quintet.grammar.bounds import bounded_schema
 from quintet.grammar.constraints import MAX_SOURCE, Constraint, literal
 from quintet.grammar.faults import JSON_STYLE, schema_fault
-from quintet.grammar.vocabulary import Vocabulary
+from quintet.grammar.vocabulary import GrammarVocabulary
 from quintet.parsing.format import Format
 
 MAX_TOOLS = 128
@@ -44,7 +44,7 @@ class _Calls(Constraint):
     def kind(self) -> str:
         return "grammar of calls"
 
-    def grammar(self, vocabulary: Vocabulary) -> list[dict[str, Any]]:
+    def grammar(self, vocabulary: GrammarVocabulary) -> list[dict[str, Any]]:
         form = self.format
         # Each call begins with the trigger, where nothing else does before the first.
         trigger = "" if form.begin else form.trigger

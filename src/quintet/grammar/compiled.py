@@ -3,7 +3,7 @@
 from llguidance import LLMatcher
 
 from quintet.grammar.faults import LIMITS
-from quintet.grammar.vocabulary import Vocabulary
+from quintet.grammar.vocabulary import GrammarVocabulary
 
 
 class Compiled:
@@ -21,7 +21,7 @@ class Compiled:
         followed: how many tokens it has followed in all texts, by which the lexer may have grown.
     """
 
-    def __init__(self, grammar: str, vocabulary: Vocabulary) -> None:
+    def __init__(self, grammar: str, vocabulary: GrammarVocabulary) -> None:
         self._grammar, self._table = grammar, vocabulary.table
         self._matcher = self._new_matcher()
         self.followed = 0

@@ -12,7 +12,7 @@ from quintet.errors import GrammarError, InputError, shown
 from quintet.grammar.compiled import Compiled
 from quintet.grammar.constraints import Constraint
 from quintet.grammar.processor import GrammarProcessor
-from quintet.grammar.vocabulary import Vocabulary
+from quintet.grammar.vocabulary import GrammarVocabulary
 from quintet.tokenization import PreTrainedTokenizer
 
 # So many tokens are tried before a grammar counts as usable: some are too complex only then.
@@ -44,7 +44,7 @@ class Grammars:
         eos_token_id: int | Sequence[int] | None = None,
         kept: int = 256,
     ) -> None:
-        self.vocabulary = Vocabulary(tokenizer, vocab_size, eos_token_id)
+        self.vocabulary = GrammarVocabulary(tokenizer, vocab_size, eos_token_id)
         self._capacity = kept
         self._compiled: OrderedDict[tuple[Constraint, bool], Compiled] = OrderedDict()
         self._lock = threading.Lock()

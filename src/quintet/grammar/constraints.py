@@ -9,7 +9,7 @@ from typing import Any
 from quintet.errors import GrammarError, shown
 from quintet.grammar.bounds import bounded_schema, check_lark
 from quintet.grammar.faults import JSON_STYLE, clear_reason, schema_fault
-from quintet.grammar.vocabulary import Vocabulary
+from quintet.grammar.vocabulary import GrammarVocabulary
 
 # How many bytes may say what a text may be.
 MAX_SOURCE = 65_536
@@ -19,7 +19,7 @@ class Constraint(ABC):
     """A constraint of a text, comparable by value."""
 
     @abstractmethod
-    def grammar(self, vocabulary: Vocabulary) -> list[dict[str, Any]]:
+    def grammar(self, vocabulary: GrammarVocabulary) -> list[dict[str, Any]]:
         """Return llguidance grammars, the first being the whole text."""
 
     @property
@@ -45,7 +45,7 @@ class _Schema(Constraint):
     def fault(self, reason: str) -> str:
         return schema_fault(self.schema) or clear_reason(reason)
 
-    def grammar(self, vocabulary: Vocabulary) -> list[dict[str, Any]]:
+    def grammar(self, vocabulary: GrammarVocabulary) -> list[dict[str, Any]]:
         return [{"json_schema": json.loads(self.schema) | {"x-guidance": JSON_STYLE}}]
 
 
@@ -59,7 +59,7 @@ class _Regex(Constraint):
     def kind(self) -> str:
         return "regular expression"
 
-    def grammar(self, vocabulary: Vocabulary) -> list[dict[str, Any]]:
+    def grammar(self, vocabulary: GrammarVocabulary) -> list[dict[str, Any]]:
         return [{"lark_grammar": f"start: {expression(self.pattern)}"}]
 
 
@@ -73,7 +73,7 @@ class _Lark(Constraint):
     def kind(self) -> str:
         return "grammar"
 
-    def grammar(self, vocabulary: Vocabulary) -> list[dict[str, Any]]:
+    def grammar(self, vocabulary: GrammarVocabulary) -> list[dict[str, Any]]:
         return [{"lark_grammar": self.text}]
 
 
@@ -87,7 +87,7 @@ class _Choice(Constraint):
     def kind(self) -> str:
         return "choice"
 
-    def grammar(self, vocabulary: Vocabulary) -> list[dict[str, Any]]:
+    def grammar(self, vocabulary: GrammarVocabulary) -> list[dict[str, Any]]:
         # As one terminal they are read like an expression, however many they are.
         return [{"lark_grammar": "start: ANY\nANY: " + " | ".join(map(literal, self.texts))}]
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from quintet.errors import GrammarError, InputError
 from quintet.grammar.compiled import Compiled
 from quintet.grammar.faults import clear_reason
-from quintet.grammar.vocabulary import Vocabulary
+from quintet.grammar.vocabulary import GrammarVocabulary
 
 # A grammar that has to be compiled anew again before so many tokens is too complex.
 LEAST = 16
@@ -23,7 +23,9 @@ class Following:
         after: the token behind which the grammar begins; None for the begin of the text.
     """
 
-    def __init__(self, compiled: Compiled, vocabulary: Vocabulary, after: int | None) -> None:
+    def __init__(
+        self, compiled: Compiled, vocabulary: GrammarVocabulary, after: int | None
+    ) -> None:
         self._compiled, self._after = compiled, after
         self._matcher = compiled.begin()
         self._ends, self._size = frozenset(vocabulary.ends), vocabulary.size

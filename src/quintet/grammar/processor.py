@@ -11,7 +11,7 @@ from quintet.errors import InputError
 from quintet.generation.processors.base import ConstrainingProcessor
 from quintet.grammar.compiled import Compiled
 from quintet.grammar.following import Following
-from quintet.grammar.vocabulary import Vocabulary
+from quintet.grammar.vocabulary import GrammarVocabulary
 
 
 class GrammarProcessor(ConstrainingProcessor):
@@ -33,7 +33,7 @@ class GrammarProcessor(ConstrainingProcessor):
     """
 
     def __init__(
-        self, compiled: Compiled, vocabulary: Vocabulary, after: int | None = None
+        self, compiled: Compiled, vocabulary: GrammarVocabulary, after: int | None = None
     ) -> None:
         self._compiled, self._vocabulary, self._after = compiled, vocabulary, after
         self.rows: list[Following] = []

@@ -11,7 +11,7 @@ from quintet.tokenization import PreTrainedTokenizer
 UNICODE_FORMS = frozenset(("NFC", "NFD", "NFKC", "NFKD"))
 
 
-class Vocabulary:
+class GrammarVocabulary:
     """The vocabulary for grammars, built once per tokenizer.
 
     Tokens that were added to the vocabulary are none of any text, be they special or not: what

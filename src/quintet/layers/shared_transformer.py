@@ -28,7 +28,7 @@ class Adapter(nn.Sequential, PlainModule):
         super().__init__(Linear(in_size, rank, bias=False), Linear(rank, out_size, bias=False))
 
 
-class Adapters(nn.ModuleDict):
+class AdapterMaps(nn.ModuleDict):
     """Low-rank additions to one shared map, one per use."""
 
     def __init__(self, uses: Sequence[int], in_size: int, rank: int, out_size: int) -> None:
@@ -46,7 +46,7 @@ class Adapters(nn.ModuleDict):
 
 
 def adapted(
-    x: Tensor, maps: Sequence[nn.Module], adapters: Sequence[Adapters], use: int
+    x: Tensor, maps: Sequence[nn.Module], adapters: Sequence[AdapterMaps], use: int
 ) -> list[Tensor]:
     """Return map(x) + adapter(x) of each map and adapter, in one pass over x."""
     pairs = _pairs(adapters, use)
@@ -60,7 +60,7 @@ def adapted(
 
 
 def adapted_matrices(
-    maps: Sequence[nn.Module], adapters: Sequence[Adapters], use: int
+    maps: Sequence[nn.Module], adapters: Sequence[AdapterMaps], use: int
 ) -> list[parts.Adapted] | None:
     """Return the operands of each map and its adapter, or None if one must be called."""
     pairs = _pairs(adapters, use)
@@ -72,7 +72,7 @@ def adapted_matrices(
 
 
 def _pairs(
-    adapters: Sequence[Adapters], use: int
+    adapters: Sequence[AdapterMaps], use: int
 ) -> tuple[list[nn.Module], list[nn.Module]] | None:
     """Return the two low-rank maps of a use, or None if an adapter must be called."""
     plain = [untouched(adapter[str(use)], Adapter) for adapter in adapters]
@@ -115,9 +115,9 @@ class SharedAttention(PlainModule):
         self.v_proj = Linear(inputs, kv_width, bias=False)
         self.o_proj = Linear(width, hidden_size, bias=False)
         if adapter_rank is not None:
-            self.linear_q_adapter_list = Adapters(uses, inputs, adapter_rank, width)
-            self.linear_k_adapter_list = Adapters(uses, inputs, adapter_rank, kv_width)
-            self.linear_v_adapter_list = Adapters(uses, inputs, adapter_rank, kv_width)
+            self.linear_q_adapter_list = AdapterMaps(uses, inputs, adapter_rank, width)
+            self.linear_k_adapter_list = AdapterMaps(uses, inputs, adapter_rank, kv_width)
+            self.linear_v_adapter_list = AdapterMaps(uses, inputs, adapter_rank, kv_width)
 
     def forward(
         self, hidden_states: Tensor, context: ForwardContext, *, layer_idx: int, use: int
@@ -194,7 +194,7 @@ class SharedAttention(PlainModule):
 
         return PartSpec(part, cache_buffers)
 
-    def _adapters(self) -> tuple[Adapters, Adapters, Adapters]:
+    def _adapters(self) -> tuple[AdapterMaps, AdapterMaps, AdapterMaps]:
         return (
             self.linear_q_adapter_list,
             self.linear_k_adapter_list,
@@ -218,7 +218,7 @@ class SharedMLP(PlainModule):
         super().__init__()
         self.gate_up_proj = Linear(hidden_size, 2 * intermediate_size, bias=bias)
         self.down_proj = Linear(intermediate_size, hidden_size, bias=bias)
-        self.gate_up_proj_adapter_list = Adapters(
+        self.gate_up_proj_adapter_list = AdapterMaps(
             uses, hidden_size, adapter_rank, 2 * intermediate_size
         )
         self.act_fn = activation(act)

@@ -17,7 +17,7 @@ from quintet.auto import AutoModelForCausalLM
 from quintet.cache import Cache
 from quintet.configuration import PreTrainedConfig
 from quintet.layers.moe import Experts
-from quintet.layers.shared_transformer import Adapters
+from quintet.layers.shared_transformer import AdapterMaps
 from quintet.modeling.decoder import DecoderModel
 from quintet.modeling.heads import CausalLMHead
 from quintet.quantization.modules import QuantizedEmbedding, QuantizedExperts
@@ -135,7 +135,9 @@ def _inside(
         missed = (1 - active / module.num_experts) ** tokens
         return own(module) * (1 - missed)
     parts = [_inside(child, own, tokens, active) for child in module.children()]
-    return own(module) + (sum(parts) / len(parts) if isinstance(module, Adapters) else sum(parts))
+    return own(module) + (
+        sum(parts) / len(parts) if isinstance(module, AdapterMaps) else sum(parts)
+    )
 
 
 def _tensors(module: nn.Module) -> Iterable[Tensor]:

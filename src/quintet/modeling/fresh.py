@@ -9,7 +9,7 @@ from quintet.modeling.core import ModelCore
 from quintet.modeling.init_on_meta import init_on_meta
 from quintet.modeling.own_part import OwnPart
 from quintet.modeling.weight_loader import WeightLoader, check_filled
-from quintet.parallel.slices import Slices
+from quintet.parallel.slices import ParameterSlices
 from quintet.parallel.world import World
 
 Model = TypeVar("Model", bound=ModelCore)
@@ -21,7 +21,7 @@ def new_model(
     dtype: torch.dtype,
     *,
     world: World | None = None,
-    slices: Slices | None = None,
+    slices: ParameterSlices | None = None,
 ) -> Model:
     """Build a model with random weights, drawn in float32 module by module.
 

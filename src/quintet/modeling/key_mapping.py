@@ -10,7 +10,7 @@ from torch import Tensor
 from quintet.checkpoint import (
     Difference,
     Mismatch,
-    Piece,
+    StackPiece,
     TensorInfo,
     compare,
     count_pieces,
@@ -42,7 +42,7 @@ class KeyMapping:
         unused: what the checkpoint holds and the model has no place for.
     """
 
-    wanted: Mapping[str, tuple[str, Piece]]
+    wanted: Mapping[str, tuple[str, StackPiece]]
     stored: Mapping[str, Stored]
     absent: tuple[str, ...]
     reshaped: tuple[str, ...]
@@ -111,7 +111,7 @@ def map_keys(
     def on_disk(name: str) -> str:
         return prefix + name.removeprefix(own) if name.startswith(own) else name
 
-    plan: dict[str, list[Piece]] = {}
+    plan: dict[str, list[StackPiece]] = {}
     # A config may ask for more experts than anything could list: what takes more pieces than the
     # files have tensors is not all there, and is asked for as it is in the model.
     remaining = len(tensors)
@@ -121,7 +121,9 @@ def map_keys(
         stacked = count > 1 and stored_as is not None and stored_as.stored(named, shape, tensors)
         whole = named in tensors or bool(stacked) or count > max(remaining, 1)
         remaining -= 0 if whole else count
-        plan[name] = [Piece(named, shape)] if whole else pieces(named, shape, model.expert_stacks)
+        plan[name] = (
+            [StackPiece(named, shape)] if whole else pieces(named, shape, model.expert_stacks)
+        )
     aliases: dict[str, str] = {}
     for alias, name in tied.items():
         second, first = on_disk(alias), plan[name][0].name
@@ -131,7 +133,7 @@ def map_keys(
             aliases[second] = first
         else:
             # A file may hold a tied tensor under others of its names alone.
-            plan[name] = [Piece(second, expected[name])]
+            plan[name] = [StackPiece(second, expected[name])]
 
     absent = tuple(
         name
@@ -221,7 +223,7 @@ def stack_experts(model: ModelCore, state: dict[str, Tensor], prefix: str) -> li
 
 
 def _stored(
-    plan: Mapping[str, list[Piece]],
+    plan: Mapping[str, list[StackPiece]],
     tensors: Mapping[str, TensorInfo],
     stored_as: QuantizationConfig | None,
 ) -> dict[str, Stored]:

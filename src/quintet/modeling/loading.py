@@ -54,7 +54,7 @@ from quintet.modeling.placement import (
 )
 from quintet.modeling.source import ModelSource
 from quintet.modeling.weight_loader import WeightLoader, check_filled, load_weights
-from quintet.parallel.slices import Slices
+from quintet.parallel.slices import ParameterSlices
 from quintet.parallel.together import Together
 from quintet.parallel.turns import in_turn
 from quintet.parallel.world import World
@@ -90,7 +90,7 @@ class Options:
     quantize: str | None = None
     quantization_config: QuantizationConfig | Mapping[str, Any] | None = None
     world: World | None = None
-    slices: Slices | None = None
+    slices: ParameterSlices | None = None
     learns: bool = False
 
 

@@ -7,7 +7,7 @@ import torch
 
 from quintet.modeling.core import ModelCore
 from quintet.parallel.apply import connect, divide
-from quintet.parallel.slices import Slices
+from quintet.parallel.slices import ParameterSlices
 from quintet.parallel.stage import leave_out
 from quintet.parallel.stages import names_of_process, stages_to_run
 from quintet.parallel.world import World
@@ -36,7 +36,7 @@ class OwnPart:
         model: ModelCore,
         world: World,
         dtype: torch.dtype,
-        slices: Slices | None = None,
+        slices: ParameterSlices | None = None,
     ) -> None:
         self.world = world
         self._stages = stages_to_run(model, world)

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from quintet.checkpoint import Piece, pieces, save
+from quintet.checkpoint import StackPiece, pieces, save
 from quintet.modeling.core import ModelCore
 from quintet.modeling.init_on_meta import init_on_meta
 from quintet.modeling.key_mapping import check_tied
@@ -44,7 +44,7 @@ class _Plain:
     spec: Tensor
     name: str
     tensor: Tensor
-    piece: Piece
+    piece: StackPiece
 
     def whole(self, shares: "Shares") -> Tensor | None:
         """Gather it on the first process; every process must call this."""
@@ -77,7 +77,7 @@ class _Packed:
     weight: str
     module: Quantized
     parts: Mapping[str, Tensor]
-    piece: Piece
+    piece: StackPiece
     needed: tuple[str, ...]
     dtype: torch.dtype
 
@@ -112,7 +112,7 @@ class Shares:
     shards: Sequence[Mapping[str, Shard]]
 
     def shards_of(
-        self, name: str, piece: Piece
+        self, name: str, piece: StackPiece
     ) -> list[tuple[Shard | None, tuple[int, slice] | None]]:
         """Return each process's shard of a piece and its place; None for none."""
         place, found = piece.place, [shards.get(name) for shards in self.shards]
@@ -139,7 +139,7 @@ def _entries(
                 spec = torch.empty(piece.shape, dtype=tensor.dtype, device="meta")
                 yield piece.name, _Plain(spec, name, tensor, piece)
     for weight, (module, leaf, parts) in parted.items():
-        whole = [Piece(weight, shapes[weight])]
+        whole = [StackPiece(weight, shapes[weight])]
         stacked = pieces(weight, shapes[weight], model.expert_stacks)
         for piece in stacked if module.matrices[leaf][1] else whole:
             empty = _empty(module, leaf, piece)
@@ -174,7 +174,7 @@ def _state(model: ModelCore, names: Iterable[str], stages: Stages) -> dict[str, 
     }
 
 
-def _empty(module: Quantized, leaf: str, piece: Piece) -> dict[str, Tensor]:
+def _empty(module: Quantized, leaf: str, piece: StackPiece) -> dict[str, Tensor]:
     specs = module.formats[leaf].parts(piece.shape)
     return {s: torch.empty(o.shape, dtype=o.dtype, device="meta") for s, o in specs.items()}
 

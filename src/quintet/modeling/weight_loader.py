@@ -8,7 +8,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from quintet.checkpoint import Piece, Weights
+from quintet.checkpoint import StackPiece, Weights
 from quintet.errors import CheckpointError, InputError, UnsupportedBackendError
 from quintet.layers.mamba2 import CausalConv1d
 from quintet.modeling.core import ModelCore
@@ -52,7 +52,7 @@ class WeightLoader:
         self.model, self.dtype, self.device_of, self.slots = model, dtype, device_of, slots
         self._tensors: dict[str, Tensor] = dict(model.state_dict(keep_vars=True))
 
-    def share(self, name: str, piece: Piece) -> tuple[Shard, Piece] | None:
+    def share(self, name: str, piece: StackPiece) -> tuple[Shard, StackPiece] | None:
         """Return this process's share of a piece, and its place there; None for none.
 
         Without processes among which `name` is divided, that is all of it.
@@ -70,7 +70,9 @@ class WeightLoader:
         own, place = found
         return own, replace(piece, shape=own.local_shape, place=place)
 
-    def put(self, name: str, piece: Piece, weight: Tensor | EncodedWeight, *, mapped: bool) -> bool:
+    def put(
+        self, name: str, piece: StackPiece, weight: Tensor | EncodedWeight, *, mapped: bool
+    ) -> bool:
         """Put a tensor into the model, and return whether its memory is referenced.
 
         Args:

@@ -189,7 +189,7 @@ def connect_sequences(model: nn.Module) -> None:
             vars(module)["forward"] = SplitMixer(module)
 
 
-class States(NamedTuple):
+class SequenceStates(NamedTuple):
     """The model's outputs for this process's tokens.
 
     Attributes:
@@ -252,7 +252,7 @@ class Sequences:
         depth: int = 0,
         *,
         routed: bool = False,
-    ) -> States:
+    ) -> SequenceStates:
         """Run over this process's part of rows (B, T), of which all have all ids.
 
         Args:
@@ -290,7 +290,7 @@ class Sequences:
             self.real = None
         logits = tuple(output.router_logits) if routed else ()
         logits += tuple(x.flatten(0, 1) for x in notes.router_logits or ())
-        return States(hidden, ahead, logits)
+        return SequenceStates(hidden, ahead, logits)
 
     def _ahead(
         self,

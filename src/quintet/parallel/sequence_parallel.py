@@ -28,7 +28,7 @@ from quintet.parallel.world import World
 from quintet.sharding import Sharding
 
 
-class Slices:
+class TokenSlices:
     """The cut of tokens in sequence parallelism, and the gradients that are partial sums.
 
     Attributes:
@@ -69,7 +69,7 @@ class Slices:
                 dist.all_reduce(gradients[name], group=self.group)
 
 
-def slice_tokens(model: nn.Module, sharding: Sharding, world: World) -> Slices:
+def slice_tokens(model: nn.Module, sharding: Sharding, world: World) -> TokenSlices:
     """Let a model that `tp` divides compute norms and residuals for slices where it learns.
 
     Without gradients it runs as before: a step of one token has no slices. Of a model in stages,
@@ -80,7 +80,7 @@ def slice_tokens(model: nn.Module, sharding: Sharding, world: World) -> Slices:
     """
     if "tp" not in world.groups:
         raise InputError("sequence parallelism goes with tp, whose processes share the tokens")
-    slices = Slices(world.groups["tp"], *world.place.tp)
+    slices = TokenSlices(world.groups["tp"], *world.place.tp)
     base, stage = decoder_of(model), vars(model).get("stage")
     assert stage is None or isinstance(stage, Stage)
     run = range(base.config.num_hidden_layers) if stage is None else stage.own
@@ -145,7 +145,7 @@ def _regions(
 class _Begin(Idle):
     """A hook that slices the input of the first layer."""
 
-    slices: Slices
+    slices: TokenSlices
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -164,7 +164,7 @@ class _Enter(Idle):
         parts: whether each process makes a part of what the region makes, rather than all of it.
     """
 
-    slices: Slices
+    slices: TokenSlices
     parts: bool
 
     def __call__(
@@ -179,7 +179,7 @@ class _Enter(Idle):
 class _Leave(Idle):
     """A hook that slices a region's output, which all processes have."""
 
-    slices: Slices
+    slices: TokenSlices
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         return self.slices.cut(output) if torch.is_grad_enabled() else output
@@ -189,7 +189,7 @@ class _Leave(Idle):
 class _LeaveParts(Summing):
     """A hook that sums a region's partial outputs, and leaves a slice."""
 
-    slices: Slices
+    slices: TokenSlices
 
     def shared_buffer(self) -> SharedBuffer | None:
         """Return the shared buffer of the processes, or None."""
@@ -205,7 +205,7 @@ class _LeaveParts(Summing):
 class _Gather(Idle):
     """A hook that puts slices together behind the last norm, or layer."""
 
-    slices: Slices
+    slices: TokenSlices
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         return self.slices.whole(output) if torch.is_grad_enabled() else output

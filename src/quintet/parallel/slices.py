@@ -15,7 +15,7 @@ from quintet.sharding import Sharding
 
 
 @dataclass(frozen=True, slots=True)
-class Slices:
+class ParameterSlices:
     """The row ranges of a model's parameters on each process.
 
     Attributes:

@@ -92,7 +92,7 @@ class Footprint:
 
 
 @dataclass(frozen=True, slots=True)
-class Pace:
+class DecodePace:
     """A speed, with its time by component.
 
     Attributes:
@@ -159,7 +159,7 @@ def footprint(model: PlannedModel, split: Split, work: Workload) -> Footprint:
     return max(found, key=lambda one: one.total)
 
 
-def decode(model: PlannedModel, split: Split, work: Workload, network: Network) -> Pace:
+def decode(model: PlannedModel, split: Split, work: Workload, network: Network) -> DecodePace:
     """Estimate decoding, each row at the end of its context."""
     rows = work.rows_of(split)
     parts = min(split.pp, rows)
@@ -175,17 +175,17 @@ def decode(model: PlannedModel, split: Split, work: Workload, network: Network) 
         costs.append(slowest.costs(stage, rows_of_part * elements, logits=rows_of_part))
     expected, least = _longest(costs)
     # A token has been through all stages before its row's next one begins.
-    return Pace(float(work.rows), _times(expected, split.pp), _times(least, split.pp))
+    return DecodePace(float(work.rows), _times(expected, split.pp), _times(least, split.pp))
 
 
-def prefill(model: PlannedModel, split: Split, work: Workload, network: Network) -> Pace:
+def prefill(model: PlannedModel, split: Split, work: Workload, network: Network) -> DecodePace:
     """Estimate prefill, one piece after the other per group."""
     tokens = min(work.step_tokens, work.context * work.rows_of(split))
     step = _Step(model, split, work, network, tokens, work.context / 2, absorbed=False)
     costs = [step.costs(stage, 0.0, logits=1) for stage in model.stages(split)]
     expected, least = _longest(costs)
     groups = min(split.groups, work.rows)
-    return Pace(float(groups * tokens), expected, least)
+    return DecodePace(float(groups * tokens), expected, least)
 
 
 def moved(model: PlannedModel, split: Split, work: Workload) -> float:

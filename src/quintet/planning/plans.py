@@ -11,8 +11,8 @@ from quintet.errors import DoesNotFitError, InputError
 from quintet.planning.communication import Network
 from quintet.planning.devices import Device
 from quintet.planning.inference import (
+    DecodePace,
     Footprint,
-    Pace,
     Workload,
     decode,
     footprint,
@@ -21,7 +21,7 @@ from quintet.planning.inference import (
 from quintet.planning.shares import PlannedModel
 from quintet.planning.training import Training, TrainingFootprint, step, training_footprint
 from quintet.planning.weights import Tensors, on_meta, quantization_on, weights_of
-from quintet.planning.world import Limits, Split, World, splits
+from quintet.planning.world import Split, SplitLimits, World, splits
 from quintet.quantization.config import QuantizationConfig
 
 # The most nodes that are tried where fewer are too few, as a multiple of those there are.
@@ -29,7 +29,7 @@ MOST_NODES = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class SplitChoice:
     """A split to generate by, with its memory and pace.
 
     Attributes:
@@ -45,13 +45,13 @@ class Choice:
     split: Split
     memory: Footprint
     room: int
-    prefill: Pace
-    decode: Pace
+    prefill: DecodePace
+    decode: DecodePace
     rows: int
-    full: Pace | None
+    full: DecodePace | None
 
     @property
-    def pace(self) -> Pace:
+    def pace(self) -> DecodePace:
         """The key by which splits are compared."""
         return self.decode
 
@@ -63,15 +63,15 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class TrainingChoice:
-    """A split to train by, with its memory; as a `Choice`, with the pace of a step."""
+    """A split to train by, with its memory; as a `SplitChoice`, with the pace of a step."""
 
     split: Split
     memory: TrainingFootprint
     room: int
-    pace: Pace
+    pace: DecodePace
 
 
-AnyChoice = TypeVar("AnyChoice", Choice, TrainingChoice)
+AnyChoice = TypeVar("AnyChoice", SplitChoice, TrainingChoice)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,9 +153,9 @@ def plan_inference(
     dtype: torch.dtype = torch.bfloat16,
     quantize: str | None = None,
     tensors: Tensors | None = None,
-    limits: Limits | None = None,
+    limits: SplitLimits | None = None,
     redundant: int = 0,
-) -> Plan[Choice]:
+) -> Plan[SplitChoice]:
     """Plan generation in a world: its memory, its pace, and the split of the model over it.
 
     Args:
@@ -178,13 +178,15 @@ def plan_inference(
             config, device, dtype=dtype, quantize=form, tensors=tensors, redundant=redundant
         )
 
-    def tried(model: PlannedModel, world: World, work: Workload) -> _Tried[Choice]:
+    def tried(model: PlannedModel, world: World, work: Workload) -> _Tried[SplitChoice]:
         network = Network(world, device)
 
-        def choose(split: Split) -> Choice:
+        def choose(split: Split) -> SplitChoice:
             return _choice(model, split, device, work, network)
 
-        return _try(choose, world, limits or Limits(), experts=bool(model.experts), train=False)
+        return _try(
+            choose, world, limits or SplitLimits(), experts=bool(model.experts), train=False
+        )
 
     model, stored = model_in(quantize)
 
@@ -218,7 +220,7 @@ def plan_training(
     device: Device,
     work: Training,
     *,
-    limits: Limits | None = None,
+    limits: SplitLimits | None = None,
 ) -> Plan[TrainingChoice]:
     """Plan training in a world: its memory, its pace, and the split of the model over it.
 
@@ -241,7 +243,7 @@ def plan_training(
             memory = training_footprint(model, split, work)
             return TrainingChoice(split, memory, device.room, step(model, split, work, network))
 
-        return _try(choose, world, limits or Limits(), experts=bool(model.experts), train=True)
+        return _try(choose, world, limits or SplitLimits(), experts=bool(model.experts), train=True)
 
     def remedies() -> Iterator[str]:
         if not work.recompute and tried(world, replace(work, recompute=True)).fit:
@@ -279,7 +281,7 @@ class _Tried(Generic[AnyChoice]):
 def _try(
     choose: Callable[[Split], AnyChoice],
     world: World,
-    limits: Limits,
+    limits: SplitLimits,
     *,
     experts: bool,
     train: bool,
@@ -312,12 +314,12 @@ def _plan(
 
 def _choice(
     model: PlannedModel, split: Split, device: Device, work: Workload, network: Network
-) -> Choice:
+) -> SplitChoice:
     memory = footprint(model, split, work)
     left = device.room - memory.weights - memory.working
     rows = memory.rows_in(left, work.context) * split.groups
     full = decode(model, split, replace(work, rows=rows), network) if rows else None
-    return Choice(
+    return SplitChoice(
         split,
         memory,
         device.room,

@@ -22,7 +22,7 @@ _BEFORE, _BEHIND = (-1,), (-2,)
 
 
 @dataclass(slots=True)
-class Share:
+class DeviceShare:
     """A device's part of some layers.
 
     Attributes:
@@ -41,7 +41,7 @@ class Share:
     routed_read: float = 0.0
     routed_products: dict[bool, float] = field(default_factory=lambda: {False: 0.0, True: 0.0})
 
-    def add(self, other: "Share", used: float = 1.0) -> None:
+    def add(self, other: "DeviceShare", used: float = 1.0) -> None:
         """Add another's part, of whose uses `used` are here."""
         self.nbytes.update(other.nbytes)
         self.counts.update(other.counts)
@@ -73,7 +73,7 @@ class StageShare:
     """
 
     layers: range
-    share: Share
+    share: DeviceShare
     largest: int
 
 
@@ -191,9 +191,9 @@ class PlannedModel:
         ]
 
     def _stage(
-        self, layers: range, shares: Mapping[Place, Share], *, before: bool, last: bool
+        self, layers: range, shares: Mapping[Place, DeviceShare], *, before: bool, last: bool
     ) -> StageShare:
-        share, experts_of_layer = Share(), dict.fromkeys(layers, 0)
+        share, experts_of_layer = DeviceShare(), dict.fromkeys(layers, 0)
         for place, part in shares.items():
             own = [layer for layer in place if layer in experts_of_layer]
             if own:
@@ -208,11 +208,11 @@ class PlannedModel:
             share.add(shares[_BEHIND])
         return StageShare(layers, share, max(experts_of_layer.values()))
 
-    def _local(self, split: Split) -> dict[Place, Share]:
+    def _local(self, split: Split) -> dict[Place, DeviceShare]:
         return self.remembered(("shares", split.tp, split.ep), lambda: self._summed(split))
 
-    def _summed(self, split: Split) -> dict[Place, Share]:
-        found: dict[Place, Share] = {_BEFORE: Share(), _BEHIND: Share()}
+    def _summed(self, split: Split) -> dict[Place, DeviceShare]:
+        found: dict[Place, DeviceShare] = {_BEFORE: DeviceShare(), _BEHIND: DeviceShare()}
         sizes: dict[str, tuple[int, int]] = {}
         for weight in self.weights:
             first = self._alike[weight.name]
@@ -220,7 +220,7 @@ class PlannedModel:
                 shape = self.part(first, split)
                 sizes[first.name] = math.prod(shape), first.nbytes(shape)
             numbers, nbytes = sizes[first.name]
-            share = found.setdefault(_place(weight), Share())
+            share = found.setdefault(_place(weight), DeviceShare())
             share.nbytes[weight.kind] += nbytes
             share.counts[weight.kind] += numbers
             in_fp8 = isinstance(weight.format, FP8Format)

@@ -21,7 +21,7 @@ from quintet.errors import InputError
 from quintet.measurement.flops import attention_flops
 from quintet.planning.activations import expert_numbers, numbers_per_map, numbers_per_scan
 from quintet.planning.communication import Network
-from quintet.planning.inference import EXCHANGED, Pace, sums_of
+from quintet.planning.inference import EXCHANGED, DecodePace, sums_of
 from quintet.planning.shares import PlannedModel, StageShare
 from quintet.planning.weights import EMBEDDING, ROUTED
 from quintet.planning.world import Split
@@ -209,7 +209,7 @@ def _logits(model: PlannedModel, split: Split, work: Training) -> int:
     return 2 * 4 * min(work.tokens(split) * vocabulary, max(LOGITS, vocabulary))
 
 
-def step(model: PlannedModel, split: Split, work: Training, network: Network) -> Pace:
+def step(model: PlannedModel, split: Split, work: Training, network: Network) -> DecodePace:
     """Estimate a step, in tokens of all groups."""
     device, tokens, parts = network.device, work.tokens(split), work.parts(split)
     expected: dict[str, float] = {}
@@ -231,7 +231,7 @@ def step(model: PlannedModel, split: Split, work: Training, network: Network) ->
             least = {**costs, "products": products * (parts + split.pp - 1)}
             del least["bubble"]
     done = split.groups * parts * tokens
-    return Pace(float(done), expected, least)
+    return DecodePace(float(done), expected, least)
 
 
 def _products(model: PlannedModel, stage: StageShare, split: Split, work: Training) -> float:

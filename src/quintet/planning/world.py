@@ -118,7 +118,7 @@ class Split:
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class SplitLimits:
     """The splits to consider.
 
     Attributes:
@@ -138,7 +138,7 @@ class Limits:
         )
 
 
-def splits(world: World, limits: Limits, *, experts: bool, train: bool) -> Iterator[Split]:
+def splits(world: World, limits: SplitLimits, *, experts: bool, train: bool) -> Iterator[Split]:
     """Yield all splits over a whole world, those of one device's experts first.
 
     Args:

@@ -28,7 +28,7 @@ from quintet.server.questions import (
     Tokens,
     TokenScore,
 )
-from quintet.server.registry import Served
+from quintet.server.registry import ServedModel
 from quintet.server.sampling import options_of
 from quintet.server.scores import Pending, Spelling
 from quintet.serving import Answer
@@ -37,7 +37,7 @@ from quintet.serving import Answer
 REFUSAL = 0.1
 
 
-async def ask(served: Served, question: Ask) -> AsyncGenerator[AnswerEvent, None]:
+async def ask(served: ServedModel, question: Ask) -> AsyncGenerator[AnswerEvent, None]:
     """Ask a model and yield events; closing the generator cancels all answers.
 
     The first is a `Start`; errors before it are those of the question. Then comes a `Prompted`, if
@@ -69,7 +69,7 @@ async def ask(served: Served, question: Ask) -> AsyncGenerator[AnswerEvent, None
 class _Prepared:
     """A parsed question, shared by its answers."""
 
-    served: Served
+    served: ServedModel
     question: Ask
     prompt: Prompt
     room: int
@@ -78,7 +78,7 @@ class _Prepared:
     warnings: tuple[str, ...]
 
 
-def _understood(served: Served, question: Ask) -> _Prepared:
+def _understood(served: ServedModel, question: Ask) -> _Prepared:
     """Parse a question in a worker thread."""
     prompt = question.prompt
     if isinstance(prompt, Conversation):

@@ -40,7 +40,7 @@ class Loaded:
 
 
 @dataclass(frozen=True, slots=True)
-class Served:
+class ServedModel:
     """A loaded model: its engine, tokenizer and limits.
 
     Attributes:
@@ -116,7 +116,7 @@ class Offer:
         self.turn = asyncio.Lock()
 
 
-class Registry:
+class ModelRegistry:
     """Finds models by name.
 
     Args:
@@ -139,7 +139,7 @@ class Registry:
         if not offers:
             raise InputError("there is no model to serve; name one")
 
-    async def get(self, name: str) -> Served:
+    async def get(self, name: str) -> ServedModel:
         """Return the model or adapter of a name, loading it if needed.
 
         Raises:
@@ -148,7 +148,7 @@ class Registry:
         offer, adapter = self._find(name)
         async with offer.turn:
             loaded = offer.loaded or await self._load(offer)
-        return Served(
+        return ServedModel(
             name,
             loaded.engine,
             loaded.tokenizer,

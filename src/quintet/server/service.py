@@ -5,7 +5,7 @@ from typing import Protocol
 
 from starlette.requests import Request
 
-from quintet.server.registry import Registry
+from quintet.server.registry import ModelRegistry
 from quintet.server.score_budget import ScoreBudget
 from quintet.server.settings import Settings
 
@@ -38,7 +38,7 @@ class Service:
     """
 
     settings: Settings
-    registry: Registry
+    registry: ModelRegistry
     observers: list[Observer] = field(default_factory=list)
     draining: bool = False
     under_way: int = 0

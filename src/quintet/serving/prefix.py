@@ -12,7 +12,7 @@ from typing import Generic, Protocol, Self, TypeVar
 from quintet.serving.limits import GRID
 
 
-class Content(Protocol):
+class CachedContent(Protocol):
     """A copy of a row's content for a range of tokens."""
 
     @property
@@ -34,7 +34,7 @@ class Content(Protocol):
         ...
 
 
-C = TypeVar("C", bound=Content)
+C = TypeVar("C", bound=CachedContent)
 
 
 @dataclass(slots=True, eq=False)

@@ -22,7 +22,7 @@ from quintet.serving.pace import LEAST_TAIL
 from quintet.serving.prefix import PrefixCache
 from quintet.serving.request import Request, hand_over
 from quintet.serving.reuse import PromptReuse
-from quintet.serving.scheduler import Plan, RowCost, Scheduler
+from quintet.serving.scheduler import RowCost, Scheduler, StepPlan
 
 log = logging.getLogger("quintet.serving")
 
@@ -138,7 +138,7 @@ class Runner(PromptReuse):
         self._read_messages(wait=wait and idle)
         began, self._stepping = self._clock(), 0.0
         self._turning = began
-        plan: Plan[Request] = Plan()
+        plan: StepPlan[Request] = StepPlan()
         if self.stopped is None:
             plan = self.scheduler.plan(began)
             self._carry_out(plan)
@@ -186,7 +186,7 @@ class Runner(PromptReuse):
         for request in self.scheduler.all():
             self._give_up(request, why)
 
-    def _carry_out(self, plan: Plan[Request]) -> None:
+    def _carry_out(self, plan: StepPlan[Request]) -> None:
         for request in plan.drop:
             self._leave(request)
             if request.cancelled:

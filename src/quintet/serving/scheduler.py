@@ -96,7 +96,7 @@ J = TypeVar("J", bound=Job)
 
 
 @dataclass(slots=True)
-class Plan(Generic[J]):
+class StepPlan(Generic[J]):
     """The work of the next step, in this order.
 
     Attributes:
@@ -189,9 +189,9 @@ class Scheduler(Generic[J]):
             if job.scope in self._had:
                 self._had[job.scope] += seconds / len(jobs)
 
-    def plan(self, now: float) -> Plan[J]:
+    def plan(self, now: float) -> StepPlan[J]:
         """Return the next plan, and move the jobs accordingly."""
-        plan: Plan[J] = Plan(drop=self._over(now))
+        plan: StepPlan[J] = StepPlan(drop=self._over(now))
         for job in plan.drop:
             self.finish(job)
         for job in self._preempted(now):

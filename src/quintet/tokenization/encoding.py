@@ -12,8 +12,8 @@ from quintet.tokenization.batch import BatchEncoding
 from quintet.tokenization.guard import guarded
 from quintet.tokenization.inputs import Text, batch_of
 from quintet.tokenization.lengths import (
-    Cut,
     LongTexts,
+    Truncation,
     check_whole,
     pad_target,
     padding_strategy,
@@ -189,7 +189,7 @@ class Encoder(Vocabulary):
             columns = {name: column[0] for name, column in columns.items()}
         return BatchEncoding(columns, rows, tensor_type=kind)
 
-    def _cut(self, options: EncodeOptions) -> Cut | None:
+    def _cut(self, options: EncodeOptions) -> Truncation | None:
         max_length, stride = options.get("max_length"), options.get("stride", 0)
         multiple = options.get("pad_to_multiple_of")
         check_whole(max_length=max_length, stride=stride, pad_to_multiple_of=multiple)
@@ -223,12 +223,12 @@ class Encoder(Vocabulary):
                 f"max_length={max_length} is not a multiple of pad_to_multiple_of={multiple}, "
                 "so rows that are cut would be padded beyond it"
             )
-        return Cut(
+        return Truncation(
             strategy=strategy, max_length=max_length, side=self.truncation_side, stride=stride
         )
 
     def _pad_rows(
-        self, rows: list[TokenizedRow], cut: Cut | None, options: EncodeOptions
+        self, rows: list[TokenizedRow], cut: Truncation | None, options: EncodeOptions
     ) -> list[TokenizedRow]:
         padding = options.get("padding", False)
         max_length = options.get("max_length")

@@ -22,7 +22,7 @@ from quintet.tokenization.guard import guarded
 from quintet.tokenization.options import NAMED_TOKENS, is_text
 from quintet.tokenization.partings import PARTINGS, Parting
 from quintet.tokenization.sentencepiece import BPE as OF_SENTENCEPIECE
-from quintet.tokenization.sentencepiece import MAX_PIECE, Model, Piece, pipeline_of
+from quintet.tokenization.sentencepiece import MAX_PIECE, Model, ModelPiece, pipeline_of
 
 KEY = "tokenizer.ggml."
 TEMPLATE = "tokenizer.chat_template"
@@ -229,7 +229,7 @@ def _sentencepiece(
             f"{MAX_PIECE} bytes"
         )
     pieces = [
-        Piece(text, float(score), kind)
+        ModelPiece(text, float(score), kind)
         for text, score, kind in zip(tokens.texts, scores, tokens.kinds, strict=True)
     ]
     unknown = _id(metadata, f"{KEY}unknown_token_id", tokens, path)

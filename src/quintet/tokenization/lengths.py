@@ -64,7 +64,7 @@ def truncation_strategy(given: bool | str | None) -> str:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Cut:
+class Truncation:
     """The truncation of long rows."""
 
     strategy: str

@@ -29,7 +29,7 @@ Value = int | bytes
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class ModelPiece:
     """A vocabulary entry; its kind is a number of the format."""
 
     text: str
@@ -41,7 +41,7 @@ class Piece:
 class Model:
     """The content of a file: pieces by id, and the normalisation."""
 
-    pieces: list[Piece]
+    pieces: list[ModelPiece]
     kind: int
     unknown: int
     charsmap: bytes
@@ -147,7 +147,7 @@ def _vocabulary(model: Model) -> models.Model:
     )
 
 
-def _merges(pieces: list[Piece]) -> list[tuple[str, str]]:
+def _merges(pieces: list[ModelPiece]) -> list[tuple[str, str]]:
     """Return the merges of all pieces, best first."""
     texts = {piece.text for piece in pieces}
     usual = [piece for piece in pieces if piece.kind not in (CONTROL, USER_DEFINED, BYTE)]
@@ -161,7 +161,7 @@ def _merges(pieces: list[Piece]) -> list[tuple[str, str]]:
 
 
 def _parse(raw: bytes) -> Model:
-    pieces: list[Piece] = []
+    pieces: list[ModelPiece] = []
     trainer: dict[int, Value] = {}
     normalizer: dict[int, Value] = {}
     for field, value in _fields(raw):
@@ -187,13 +187,13 @@ def _parse(raw: bytes) -> Model:
     )
 
 
-def _piece(fields: dict[int, Value]) -> Piece:
+def _piece(fields: dict[int, Value]) -> ModelPiece:
     text, score, kind = fields.get(1, b""), fields.get(2, bytes(4)), fields.get(3, 1)
     if not isinstance(text, bytes) or not isinstance(score, bytes) or len(score) != 4:
         raise ValueError("a piece has no text and score")
     if not isinstance(kind, int) or not text or len(text) > MAX_PIECE:
         raise ValueError(f"a piece has no text, or more than {MAX_PIECE} bytes of it")
-    return Piece(text.decode(), struct.unpack("<f", score)[0], kind)
+    return ModelPiece(text.decode(), struct.unpack("<f", score)[0], kind)
 
 
 def _fields(raw: bytes) -> Iterator[tuple[int, Value]]:

@@ -18,7 +18,7 @@ from quintet.parallel.layout import ParallelLayout, Parts
 from quintet.parallel.pipeline import Pipeline
 from quintet.parallel.placement import table_of
 from quintet.parallel.sequence_parallel import slice_tokens
-from quintet.parallel.slices import Slices
+from quintet.parallel.slices import ParameterSlices
 from quintet.parallel.stage import leave_out
 from quintet.parallel.stages import Stages, names_of_process, stages_to_run
 from quintet.parallel.world import World
@@ -58,10 +58,10 @@ def local_part(config: TrainingConfig, ranks: Ranks) -> LocalPart | None:
     return LocalPart(ranks.world, _slices(ranks.world, every=_low(config)))
 
 
-def _slices(world: World, *, every: bool) -> Slices | None:
+def _slices(world: World, *, every: bool) -> ParameterSlices | None:
     """Return the slices of the parts that tp and ep leave; None if they are not sliced."""
     sliced = world.degrees.fsdp > 1 or world.degrees.ep > world.degrees.tp
-    return Slices(world, every=every) if sliced else None
+    return ParameterSlices(world, every=every) if sliced else None
 
 
 def parallelize(

@@ -10,7 +10,7 @@ from quintet.modeling.core import ModelCore
 from quintet.modeling.fresh import new_model
 from quintet.modeling.loading import Options, load
 from quintet.modeling.source import ModelSource
-from quintet.parallel.slices import Slices
+from quintet.parallel.slices import ParameterSlices
 from quintet.parallel.world import World
 
 Model = TypeVar("Model", bound=ModelCore)
@@ -27,7 +27,7 @@ class LocalPart:
     """
 
     world: World
-    slices: Slices | None
+    slices: ParameterSlices | None
     learns: bool = True
 
     def new(self, cls: type[Model], config: PreTrainedConfig, dtype: torch.dtype) -> Model:

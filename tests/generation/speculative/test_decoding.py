@@ -15,7 +15,7 @@ from families.deepseek import model_of
 from quintet import GenerationConfig
 from quintet.errors import InputError
 from quintet.generation.sampler import Sampler
-from quintet.generation.speculative.candidates import PromptLookup, Schedule
+from quintet.generation.speculative.candidates import DraftSchedule, PromptLookup
 from quintet.generation.speculative.mtp import MTPDrafter
 from quintet.generation.token_buffer import TokenBuffer
 
@@ -412,13 +412,13 @@ def test_a_text_is_looked_up_in_itself(row: list[int], count: int, expected: lis
 
 
 def test_a_schedule_learns_row_by_row() -> None:
-    schedule = Schedule(2, "heuristic")
+    schedule = DraftSchedule(2, "heuristic")
     schedule.start(3)
     schedule.learn([2, 2, 0], [2, 1, 0])
     assert schedule.rows == [4, 1, 2]
     schedule.learn([4, 1, 2], [0, 0, 2])
     assert schedule.rows == [3, 1, 4]
-    constant = Schedule(2)
+    constant = DraftSchedule(2)
     constant.start(1)
     constant.learn([2], [2])
     assert constant.rows == [2]

@@ -65,7 +65,7 @@ class Drafter(Protocol):
 
 
 @dataclass(slots=True)
-class Schedule:
+class DraftSchedule:
     """The number of tokens to draft for each row.
 
     "constant" is that many always. The heuristics draft two more after all were accepted, and one

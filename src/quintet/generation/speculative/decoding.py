@@ -13,12 +13,12 @@ from torch import Tensor
 
 from quintet.generation.decode import Generation
 from quintet.generation.outputs import ForwardOutput, Speculation
-from quintet.generation.speculative.candidates import Draft, Drafter, Schedule
+from quintet.generation.speculative.candidates import Draft, Drafter, DraftSchedule
 from quintet.generation.speculative.checking import check_draft, for_a_turn
 from quintet.generation.token_buffer import TokenBuffer
 
 
-def speculate(run: Generation, drafter: Drafter, schedule: Schedule) -> Speculation:
+def speculate(run: Generation, drafter: Drafter, schedule: DraftSchedule) -> Speculation:
     """Generate with drafts until all rows have ended or reached their limit.
 
     Args:
@@ -32,7 +32,7 @@ def speculate(run: Generation, drafter: Drafter, schedule: Schedule) -> Speculat
 class _Speculating:
     """The state of speculative decoding."""
 
-    def __init__(self, run: Generation, drafter: Drafter, schedule: Schedule) -> None:
+    def __init__(self, run: Generation, drafter: Drafter, schedule: DraftSchedule) -> None:
         self.run, self.drafter, self.schedule = run, drafter, schedule
         self.prompt = run.text.cut(len(run.text))
         B = len(self.prompt.ids)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from quintet.generation.outputs import Speculation
 from quintet.generation.sampler import Sampler
-from quintet.generation.speculative.candidates import Draft, Drafter, DraftWriter, Schedule
+from quintet.generation.speculative.candidates import Draft, Drafter, DraftSchedule, DraftWriter
 from quintet.generation.speculative.checking import Checked, check_draft, for_a_turn
 from quintet.generation.speculative.pacing import Pacing
 from quintet.generation.speculative.prediction import Seen
@@ -26,7 +26,7 @@ class Drafting(ABC):
         pacing: decides when it drafts; None for always.
     """
 
-    def __init__(self, schedule: Schedule) -> None:
+    def __init__(self, schedule: DraftSchedule) -> None:
         self.schedule = schedule
         self.pacing: Pacing | None = None
         self.found = Speculation()
@@ -93,7 +93,7 @@ class TextDrafting(Drafting):
         schedule: how many tokens to draft.
     """
 
-    def __init__(self, drafter: Drafter, schedule: Schedule) -> None:
+    def __init__(self, drafter: Drafter, schedule: DraftSchedule) -> None:
         super().__init__(schedule)
         self.drafter = drafter
 
@@ -116,7 +116,7 @@ class PredictedDrafting(Drafting):
         threshold: a draft ends with a token that is less probable than that.
     """
 
-    def __init__(self, schedule: Schedule, threshold: float) -> None:
+    def __init__(self, schedule: DraftSchedule, threshold: float) -> None:
         super().__init__(schedule)
         self._threshold = threshold
         self._unread: list[Seen] = []

@@ -9,7 +9,7 @@ from quintet.configuration.base import PreTrainedConfig
 from quintet.errors import InputError
 from quintet.generation.config import GenerationConfig
 from quintet.generation.decode import LanguageModel
-from quintet.generation.speculative.candidates import Drafter, PromptLookup, Schedule
+from quintet.generation.speculative.candidates import Drafter, DraftSchedule, PromptLookup
 from quintet.generation.speculative.draft_model import DraftModel
 from quintet.generation.speculative.drafting import Drafting, PredictedDrafting, TextDrafting
 from quintet.generation.speculative.mtp import MTPDrafter
@@ -159,10 +159,10 @@ def make_drafting(
 
 def make_schedule(
     model: object, config: GenerationConfig, assistant: AssistantModel | None
-) -> Schedule:
+) -> DraftSchedule:
     """Return the schedule of the call, else of the assistant's config."""
     if config.prompt_lookup_num_tokens is not None:
-        return Schedule(config.prompt_lookup_num_tokens)
+        return DraftSchedule(config.prompt_lookup_num_tokens)
     tokens, name = config.num_assistant_tokens, config.num_assistant_tokens_schedule
     if assistant is not None:
         own = assistant.generation_config
@@ -170,7 +170,7 @@ def make_schedule(
         name = name or own.num_assistant_tokens_schedule
     else:
         tokens = tokens or cast("MTPModel", model).prediction_depth()
-    return Schedule(tokens, name or "constant")
+    return DraftSchedule(tokens, name or "constant")
 
 
 def _check_assistant(

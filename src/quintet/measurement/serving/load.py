@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from quintet.errors import InputError
 from quintet.measurement.serving.asking import RequestRecord, Target
-from quintet.measurement.serving.workload import Prompt, Shape
+from quintet.measurement.serving.workload import Prompt, WorkloadShape
 
 # Ports that a machine has.
 MOST = 65_535
@@ -63,7 +63,7 @@ class _Running:
     """The state of a run."""
 
     target: Target
-    shape: Shape
+    shape: WorkloadShape
     load: Load
     shared: Prompt
     requests: list[RequestRecord] = field(default_factory=list)
@@ -87,7 +87,9 @@ class _Running:
             parts += [answer, material.draw(max(1, shape.grows - length), dice)]
 
 
-async def run(target: Target, shape: Shape, load: Load, *, warm: int = 1) -> list[RequestRecord]:
+async def run(
+    target: Target, shape: WorkloadShape, load: Load, *, warm: int = 1
+) -> list[RequestRecord]:
     """Send a load's requests, and return the record of each.
 
     Args:

@@ -13,7 +13,7 @@ MOST = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class WorkloadShape:
     """A kind of conversation.
 
     Attributes:
@@ -60,11 +60,11 @@ class Shape:
 
 
 SHAPES = {
-    "chat": Shape(shared=256, own=256, out=64),
-    "agent": Shape(shared=0, own=1500, out=96, turns=6, grows=500),
-    "eval": Shape(shared=0, own=128, out=1),
-    "prefix": Shape(shared=1024, own=64, out=32),
-    "disconnects": Shape(shared=256, own=256, out=64, drops=0.3),
+    "chat": WorkloadShape(shared=256, own=256, out=64),
+    "agent": WorkloadShape(shared=0, own=1500, out=96, turns=6, grows=500),
+    "eval": WorkloadShape(shared=0, own=128, out=1),
+    "prefix": WorkloadShape(shared=1024, own=64, out=32),
+    "disconnects": WorkloadShape(shared=256, own=256, out=64, drops=0.3),
 }
 
 

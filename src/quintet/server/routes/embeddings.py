@@ -11,7 +11,7 @@ from quintet.server.connection import cancelled, until_gone
 from quintet.server.protocol.common import warnings_header
 from quintet.server.protocol.embeddings import EmbeddingsRequest, embeddings
 from quintet.server.protocol.prompts import ids_of, listed, placed
-from quintet.server.registry import Served
+from quintet.server.registry import ServedModel
 from quintet.server.replies import json_reply
 from quintet.server.service import caller_of, service_of
 
@@ -36,7 +36,7 @@ async def create(request: Request) -> Response:
     return json_reply(reply, warnings_header(warnings))
 
 
-def _read(given: list[tuple[str, str | list[Any]]], served: Served) -> list[Placed]:
+def _read(given: list[tuple[str, str | list[Any]]], served: ServedModel) -> list[Placed]:
     size = served.engine.model.config.vocab_size
     found = []
     for where, one in given:
@@ -48,7 +48,7 @@ def _read(given: list[tuple[str, str | list[Any]]], served: Served) -> list[Plac
 async def _vectors(
     body: EmbeddingsRequest,
     texts: list[Placed],
-    served: Served,
+    served: ServedModel,
     scope: str,
     timeout: float,
 ) -> list[list[float]]:

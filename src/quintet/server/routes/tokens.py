@@ -14,7 +14,7 @@ from quintet.server.failures import invalid
 from quintet.server.protocol.common import Body, unsupported, warnings_header, within
 from quintet.server.protocol.prompts import placed
 from quintet.server.questions import Conversation
-from quintet.server.registry import Served
+from quintet.server.registry import ServedModel
 from quintet.server.service import Service, service_of
 
 router = APIRouter(tags=["tokens"])
@@ -140,12 +140,12 @@ async def tokenizer_info(request: Request, model: str | None = None) -> dict[str
     }
 
 
-async def _named(service: Service, name: str | None) -> Served:
+async def _named(service: Service, name: str | None) -> ServedModel:
     """Return the model of a name; the first where there is none, as lm-eval names none."""
     return await service.registry.get(name or service.registry.offers[0].name)
 
 
-def _ids(served: Served, body: Tokenize) -> list[int]:
+def _ids(served: ServedModel, body: Tokenize) -> list[int]:
     # As much as would be taken as a prompt, several times: it is what programs count for.
     if body.messages is not None:
         messages = tuple({"role": one.role, "content": one.content} for one in body.messages)
