@@ -1,5 +1,7 @@
 """Cases of tensor and expert parallelism; each process compares with a model that is whole."""
 
+import json
+from functools import cache
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from quintet.parallel.world import Degrees, World
 from support import relative_error
 
 Changes = dict[str, Any]
+PIECES = ((0, 6), (6, 7), (7, 9))
 
 
 def family(name: str) -> Family:
@@ -55,20 +58,16 @@ def logits_and_gradients(
 
     In float64: gradients of routers are differences, in which float32's roundings grow.
     """
-    whole, parts = (family(name).model_of(head, **changes).train().double() for _ in range(2))
+    whole, wanted, weights = _learned_whole(name, json.dumps(changes), head)
+    parts = family(name).model_of(head, **changes).train().double()
     here = world(**degrees)
     shards = shards_of(parts, table_of(parts), here)
     shard_model(parts, here)
-    asked: Changes = {"attention_mask": torch.ones(2, 7, dtype=torch.long)}
-    if changes.get("num_nextn_predict_layers"):
-        asked["output_mtp_logits"] = True
-    made = [answers(model, input_ids=tokens(2, 7), **asked) for model in (whole, parts)]
-    assert len(made[0]) == len(made[1]) > 0
-    for wanted, found in zip(*made, strict=True):
-        agree(found, wanted, "logits")
-    weights = [torch.randn_like(wanted) for wanted in made[0]]
-    for said in made:
-        torch.stack([(x * w).sum() for x, w in zip(said, weights, strict=True)]).sum().backward()
+    found = answers(parts, **_asked(changes))
+    assert len(found) == len(wanted) > 0
+    for one, other in zip(found, wanted, strict=True):
+        agree(one, other, "logits")
+    _learn(found, weights)
     sum_partial(parts, shards, here.groups["tp"])
     own = dict(parts.named_parameters())
     for path, parameter in whole.named_parameters():
@@ -76,6 +75,32 @@ def logits_and_gradients(
             assert own[path].grad is None or not own[path].grad.any()
             continue
         agree_gradient(own[path].grad, path, whole, shards)
+
+
+@cache
+def _learned_whole(name: str, changes: str, head: str) -> tuple[Any, list[Tensor], list[Tensor]]:
+    """Return a whole model with its gradients, what it said, and by which weights that counts.
+
+    They are the same however it is divided.
+    """
+    asked = json.loads(changes)
+    whole = family(name).model_of(head, **asked).train().double()
+    made = answers(whole, **_asked(asked))
+    weights = [torch.randn_like(one) for one in made]
+    _learn(made, weights)
+    return whole, [one.detach() for one in made], weights
+
+
+def _asked(changes: Changes) -> Changes:
+    asked: Changes = {"input_ids": tokens(2, 7)}
+    asked["attention_mask"] = torch.ones(2, 7, dtype=torch.long)
+    if changes.get("num_nextn_predict_layers"):
+        asked["output_mtp_logits"] = True
+    return asked
+
+
+def _learn(said: list[Tensor], weights: list[Tensor]) -> None:
+    torch.stack([(x * w).sum() for x, w in zip(said, weights, strict=True)]).sum().backward()
 
 
 @torch.no_grad()
@@ -92,21 +117,30 @@ def packed_texts(name: str, changes: Changes, degrees: dict[str, int]) -> None:
 @torch.no_grad()
 def steps(name: str, changes: Changes, degrees: dict[str, int]) -> None:
     """Compare the logits of a padded prompt, and of tokens that go on with what it left."""
-    whole, parts = (family(name).model_of(**changes) for _ in range(2))
+    parts = family(name).model_of(**changes)
     shard_model(parts, world(**degrees))
+    wanted = _steps_of_whole(name, json.dumps(changes))
+    for (start, end), one, other in zip(PIECES, _said(parts), wanted, strict=True):
+        agree(one, other, f"tokens {start} to {end}")
+
+
+@cache
+def _steps_of_whole(name: str, changes: str) -> list[Tensor]:
+    return _said(family(name).model_of(**json.loads(changes)))
+
+
+def _said(model: Any) -> list[Tensor]:
     ids, mask = tokens(2, 9), torch.ones(2, 9, dtype=torch.long)
     mask[1, :2] = 0
-    past: list[Any] = [None, None]
-    for start, end in ((0, 6), (6, 7), (7, 9)):
-        said = []
-        for i, model in enumerate((whole, parts)):
-            output = model(
-                input_ids=ids[:, start:end],
-                attention_mask=mask[:, :end],
-                past_key_values=past[i],
-                use_cache=True,
-            )
-            past[i] = output.past_key_values
-            # What stands at padding is nobody's.
-            said.append(output.logits[mask[:, start:end].bool()])
-        agree(said[1], said[0], f"tokens {start} to {end}")
+    past, said = None, []
+    for start, end in PIECES:
+        output = model(
+            input_ids=ids[:, start:end],
+            attention_mask=mask[:, :end],
+            past_key_values=past,
+            use_cache=True,
+        )
+        past = output.past_key_values
+        # What stands at padding is nobody's.
+        said.append(output.logits[mask[:, start:end].bool()])
+    return said
