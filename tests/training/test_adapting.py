@@ -66,7 +66,7 @@ def test_what_the_table_asks_for_is_trained_alone(
     )
     put_adapter(ours, settings)
     count = Trained.count(ours)
-    assert 0 < count.parameters < count.of
+    assert 0 < count.parameters < count.total
     losses = taught(ours)
     assert losses[-1] < losses[0]
     after = ours.state_dict()
