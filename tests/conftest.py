@@ -100,7 +100,7 @@ def pytest_collection_finish() -> None:
 def _one_thread_and_a_seed() -> None:
     # Threads cost more than they give on models this small.
     torch.set_num_threads(1)
-    torch.default_generator.manual_seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
