@@ -11,7 +11,7 @@ from torch import Tensor
 import packers
 from conformance.families import FAMILIES, Family
 from quintet import AutoModelForCausalLM
-from quintet.errors import ConfigError
+from quintet.errors import ConfigError, UnsupportedModelError
 from quintet.quantization import Quantized
 from quintet.quantization.awq import AWQConfig
 from support import relative_error
@@ -86,3 +86,19 @@ def test_older_repositories_say_it_in_a_file_of_its_own(tmp_path: Path) -> None:
 def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         AWQConfig.from_dict(settings)
+
+
+@pytest.mark.parametrize("settings", [{}, {"version": "gemm"}])
+def test_files_for_another_kernel_are_known_by_their_scales(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    def pack(path: str, weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        tensors, plain = packers.awq(weight, group=32)
+        # The packed bytes do not matter: of a square matrix, they have the shape of "gemm".
+        turned = {"scales": tensors["scales"].T.contiguous()}
+        return {**tensors, **turned}, plain
+
+    settings = {"quant_method": "awq", "bits": 4, "group_size": 32, **settings}
+    packers.packed_checkpoint(FAMILIES[0], tmp_path, pack, settings)
+    with pytest.raises(UnsupportedModelError, match=r"version='gemv' says; use another release"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from quintet.checkpoint import TensorInfo
+from quintet.errors import UnsupportedModelError
 from quintet.ops.groups import group_count
 from quintet.ops.words import WORD
 from quintet.quantization.foreign import ELSEWHERE, FileConfig, dtype_of, group_or_all
@@ -95,7 +96,23 @@ class AWQConfig(FileConfig):
         is_stored = any(path + name in tensors for name in ("qweight", "scales"))
         if not is_stored or len(shape) != 2:
             return None
+        self._check_layout(weight, shape, tensors.get(path + "scales"))
         return self._format(dtype_of(tensors, path + "scales"))
+
+    def _check_layout(self, weight: str, shape: Shape, scales: TensorInfo | None) -> None:
+        """Check that scales lie along the outputs; in files without a version, they may not.
+
+        Raises:
+            UnsupportedModelError: they lie along the inputs.
+        """
+        groups = group_count(shape[-1], group_or_all(self.group_size))
+        found = None if scales is None else scales.shape
+        if found and found != (groups, shape[0]) and found[0] == shape[0]:
+            raise UnsupportedModelError(
+                f"{weight} has scales of the shape {list(found)} where version='gemm' has "
+                f"{[groups, shape[0]]}: it is packed for a particular kernel, as version='gemv' "
+                f"says; {ELSEWHERE}"
+            )
 
     def idle(self, name: str) -> bool:
         return not self.zero_point and name.endswith(".qzeros")
