@@ -72,7 +72,8 @@ def quantize_groups(
         # The last group is filled up by what changes neither its largest nor its smallest number.
         band = F.pad(band[None], (0, count * size - columns), mode="replicate")[0]
         if spread is None:
-            fit = ladder.fit(torch.unflatten(band, -1, (count, size)), counts)
+            groups = torch.unflatten(band, -1, (count, size))
+            fit = ladder.fit(groups, ladder.importance(groups) * counts)
         else:
             fit = ladder.fit_in_turn(band.clone(), size, spread)
         to = ladder.numbers(fit.levels).flatten(-2)[..., :columns]
@@ -103,6 +104,17 @@ class _Ladder:
         self.bits, self.offset, self.iq4, self.dtype = bits, offset, iq4, dtype
         ends = {(8, False): (-127, 127), (8, True): (-128, 127), (4, False): (-8, 7)}
         self.least, self.most = (IQ4[0], IQ4[-1]) if iq4 else ends.get((bits, offset), (0, 15))
+
+    def importance(self, band: Tensor) -> Tensor | float:
+        """Return by what the squared errors of numbers count, where no text says it.
+
+        With one scale for both ends, to cut off large numbers would be cheap, and they are those
+        that models lean on (docs/lab-notes.md): √(x² + mean x²), as llama.cpp counts.
+        """
+        if self.bits == 8 or self.offset or self.iq4:
+            return 1.0
+        squares = band.square()
+        return (squares + squares.mean(-1, keepdim=True)).sqrt_()
 
     def fit(self, band: Tensor, counts: Tensor) -> _Fit:
         """Round groups (R, G, n) with the best scales and offsets.

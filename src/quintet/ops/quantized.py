@@ -22,7 +22,8 @@ from torch import Tensor
 from quintet.backends import operation
 from quintet.errors import InputError
 from quintet.kernels.matrix import Matrix
-from quintet.ops.groups import pack_numbers, widen_groups
+from quintet.ops.group_fit import quantize_groups
+from quintet.ops.groups import widen_groups
 from quintet.ops.linear import linear
 
 INT4_GROUP = 64
@@ -91,33 +92,24 @@ def int4_shapes(shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...
     return (*shape[:-1], groups * INT4_GROUP // 2), (*shape[:-1], groups)
 
 
-def quantize_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Round each group of 64 to the sixteen multiples -8..7 of a scale.
+def quantize_int4(weight: Tensor, gram: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Round each group of 64 to the sixteen multiples -8..7 of the best of several scales.
 
-    The number of largest magnitude becomes -8, whatever its sign: the scale takes that. Both ends
-    of the range are used, and the error is an eighth smaller than with -7..7 for either sign.
+    One that makes -8 of the number of largest magnitude, whatever its sign, is among them.
+
+    Args:
+        weight: (..., O, I).
+        gram: (I, I), Σ x xᵀ of inputs; see `quantize_groups`.
 
     Returns packed uint8 (..., O, ceil(I / 64) · 32) and scale bfloat16 (..., O, ceil(I / 64)).
 
     Raises:
         InputError: a weight is not finite.
     """
-    packed_shape, scale_shape = int4_shapes(tuple(weight.shape))
-    packed = weight.new_empty(packed_shape, dtype=torch.uint8)
-    scale = weight.new_empty(scale_shape, dtype=torch.bfloat16)
-    wide = weight.shape[-1]
-    for rows, target, scales in zip(
-        bands(_rows(weight)), bands(_rows(packed), wide), bands(_rows(scale), wide), strict=True
-    ):
-        band = rows.to(torch.float32)
-        band = torch.unflatten(F.pad(band, (0, -wide % INT4_GROUP)), -1, (-1, INT4_GROUP))
-        _largest(band)
-        extreme = band.gather(-1, band.abs().argmax(-1, keepdim=True))
-        scales.copy_(extreme.squeeze(-1) / -8)
-        # Rounded with the scale as it is stored.
-        divisor = _divisor(scales.to(torch.float32).unsqueeze(-1))
-        levels = (band / divisor).round_().clamp_(-8, 7).add_(8).to(torch.uint8)
-        target.copy_(pack_numbers(levels.flatten(-2)))
+    if fill := -weight.shape[-1] % INT4_GROUP:
+        weight = F.pad(weight, (0, fill))
+        gram = None if gram is None else F.pad(gram, (0, fill, 0, fill))
+    packed, scale, _ = quantize_groups(weight, 4, INT4_GROUP, dtype=torch.bfloat16, gram=gram)
     return packed, scale
 
 

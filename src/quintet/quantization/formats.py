@@ -19,7 +19,6 @@ from quintet.ops.groups import PACK, group_count, number_shape
 from quintet.ops.linear import linear
 from quintet.ops.quantized import (
     FP8_BLOCK,
-    INT4_GROUP,
     decode,
     dequantize_fp8,
     fp8_linears,
@@ -247,12 +246,7 @@ class Int4Format(_Integers):
         return {"": PACKED, "_scale": Grain(columns=PACK)}
 
     def encode(self, weight: Tensor, gram: Tensor | None = None) -> dict[str, Tensor]:
-        if gram is None:
-            packed, scale = quantize_int4(weight)
-        else:
-            packed, scale, _ = quantize_groups(
-                weight, 4, INT4_GROUP, dtype=torch.bfloat16, gram=gram
-            )
+        packed, scale = quantize_int4(weight, gram)
         return {"": packed, "_scale": scale}
 
 
