@@ -126,7 +126,8 @@ class LoraConfig:
             raise UnsupportedModelError(
                 f"init_lora_weights={start!r} changed the base model's weights when the adapter "
                 "was made, and the adapter is right on those alone: save it again in PEFT with "
-                "path_initial_model_for_weight_conversion, as an adapter of the original model"
+                "path_initial_model_for_weight_conversion, as an adapter of the original model; or "
+                "load both in PEFT, merge_and_unload(), and save the model"
             )
 
     @classmethod

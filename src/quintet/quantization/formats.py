@@ -196,7 +196,7 @@ class _Integers(WeightFormat):
 
     def recast(self, parts: Parts, shape: Shape, to: WeightFormat) -> dict[str, Tensor] | None:
         # How numbers of ours lie says all of what they mean.
-        alike = isinstance(to, _Integers) and self.parts(shape) == to.parts(shape)
+        alike = isinstance(to.parts_of, _Integers) and self.parts(shape) == to.parts(shape)
         return dict(parts) if alike else None
 
     def matrix(self, parts: Parts, bias: Tensor | None = None) -> Matrix:
