@@ -85,7 +85,7 @@ def open_gguf_adapter(
                 in_halves, heads=values[matrix.paired]
             )
     files = Checkpoint.of_files(path.parent, stored, adapter.file.files)
-    tensors = {name: _told(info, changes.get(name)) for name, info in stored.items()}
+    tensors = {name: _changed_info(info, changes.get(name)) for name, info in stored.items()}
     return _config(adapter), GGUFAdapterWeights(tensors, files, changes)
 
 
@@ -118,17 +118,20 @@ def _parts(matrix: AdaptedMatrix) -> Iterator[tuple[str, WeightPart]]:
             name = name_of(matrix.path, leaf)
             yield name, WeightPart(name, tensor, tensor.shape, tensor.start)
             continue
-        each = tensor.nbytes // tensor.shape[0]
+        size = tensor.nbytes // tensor.shape[0]
         for expert in range(tensor.shape[0]):
             name = name_of(f"{matrix.path}.{expert}.{matrix.part}", leaf)
-            yield name, WeightPart(name, tensor, tensor.shape[1:], tensor.start + expert * each)
+            yield (
+                name,
+                WeightPart(name, tensor, tensor.shape[1:], tensor.start + expert * size),
+            )
 
 
 _LEAVES = ("lora_A.weight", "lora_B.weight")
 
 
-def _told(info: TensorInfo, change: Change | None) -> TensorInfo:
-    """Return what a tensor is once it is read."""
+def _changed_info(info: TensorInfo, change: Change | None) -> TensorInfo:
+    """Return the info of a tensor once it is read."""
     if info.blocks is not None:
         info = replace(info, dtype=torch.float32, blocks=None)
     return replace(info, shape=info.shape[::-1]) if change is _transposed else info

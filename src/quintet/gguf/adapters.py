@@ -128,8 +128,8 @@ def _pairs(file: GGUFFile) -> tuple[dict[str, dict[str, GGUFTensor]], tuple[str,
         f"{base}.lora_{'a' if 'b' in own else 'b'}" for base, own in pairs.items() if len(own) < 2
     ]
     if unknown or alone:
-        what = "has tensors that no adapter has" if unknown else "lacks"
-        raise CheckpointError(f"{file.path} {what}:\n{listed(unknown or alone)}")
+        fault = "has tensors that no adapter has" if unknown else "lacks"
+        raise CheckpointError(f"{file.path} {fault}:\n{listed(unknown or alone)}")
     return pairs, tuple(norms)
 
 
@@ -163,16 +163,16 @@ def _matrix(base: str, architecture: str, a: GGUFTensor, b: GGUFTensor) -> Adapt
     block = _BLOCK.fullmatch(base)
     if block is None:
         return None
-    layer, what = f"model.layers.{int(block['layer'])}.", block["what"]
-    if experts := _EXPERTS.fullmatch(what):
+    layer, module = f"model.layers.{int(block['layer'])}.", block["what"]
+    if experts := _EXPERTS.fullmatch(module):
         part = f"{experts['which']}_proj"
         if experts["of"] == "exps":
             return AdaptedMatrix(f"{layer}mlp.experts", a, b, part)
         shared = "shared_expert" if architecture == "qwen2moe" else "shared_experts"
         return AdaptedMatrix(f"{layer}mlp.{shared}.{part}", a, b)
-    if what not in LAYER or what in _NOT_MAPS:
+    if module not in LAYER or module in _NOT_MAPS:
         return None
     paired = None
     if architecture == "llama":
-        paired = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}.get(what)
-    return AdaptedMatrix(layer + LAYER[what], a, b, paired=paired)
+        paired = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}.get(module)
+    return AdaptedMatrix(layer + LAYER[module], a, b, paired=paired)
