@@ -70,6 +70,9 @@ class Quintet:
                 "cache_bytes": counted.cache,
                 "state_bytes": counted.states,
             }
+            # Two numbers to a byte would be counted as one.
+            if self.weights != "int4":
+                facts["flops"] = 2 * batch * self.floors.token_products(self.model)
         return facts
 
 

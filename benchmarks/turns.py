@@ -259,7 +259,7 @@ class _Limits:
 
     def measure(self, kind: str) -> None:
         """Measure what bounds a kind of case."""
-        for what in ("bandwidth", "gemm") if kind == "prefill" else ("bandwidth",):
+        for what in ("bandwidth", "gemm") if kind != "load" else ("bandwidth",):
             self._found[what].append(self.worker.ask(what))
 
     def take(self) -> dict[str, Any]:

@@ -60,6 +60,15 @@ def test_the_floor_is_bytes_over_bandwidth() -> None:
     assert report.ratio(target("floor"), [record()]) == pytest.approx(0.022 / 0.025)
 
 
+def test_the_floor_of_many_rows_is_the_longer_of_bytes_and_products() -> None:
+    many = record()
+    many["gemm_flops_per_second"] = 1e12
+    many["results"]["quintet bf16"]["flops"] = 2e9
+    assert report.ratio(target("floor"), [many]) == pytest.approx(0.022 / 0.025)
+    many["results"]["quintet bf16"]["flops"] = 2.4e10
+    assert report.ratio(target("floor"), [many]) == pytest.approx(0.024 / 0.025)
+
+
 def test_the_floor_of_a_prompt_is_products_over_the_peak() -> None:
     prompt = record(
         kind="prefill",
