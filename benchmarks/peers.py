@@ -69,10 +69,8 @@ class Quintet:
                 "weight_bytes": counted.weights,
                 "cache_bytes": counted.cache,
                 "state_bytes": counted.states,
+                "flops": self.floors.prompt_flops(self.model.config, batch, 1),
             }
-            # Two numbers to a byte would be counted as one.
-            if self.weights != "int4":
-                facts["flops"] = 2 * batch * self.floors.token_products(self.model)
         return facts
 
 

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 
+from quintet.auto import AutoConfig
 from quintet.cli import bench
 from quintet.generation.cache_choice import CACHE_BITS
+from quintet.measurement.floors import prompt_flops
 
 QUICK = ("-r", "2", "-n", "2")
 
@@ -54,6 +56,14 @@ def test_only_prompts_or_only_steps(quintet: Any, chat_model: Path) -> None:
     assert [row["test"] for row in prompts["rows"]] == ["pp4"]
     assert [row["test"] for row in steps["rows"]] == ["tg2 @ d2"]
     assert steps["gemm_flops_per_second"] is None
+
+
+def test_many_rows_cannot_be_faster_than_their_products(quintet: Any, chat_model: Path) -> None:
+    found = json.loads(
+        quintet("bench", chat_model, "--json", "-p", "0", "-d", "2", "-b", "64", *QUICK).out
+    )
+    flops = prompt_flops(AutoConfig.from_pretrained(chat_model), 64, 1)
+    assert found["rows"][0]["floor_seconds"] >= flops / found["gemm_flops_per_second"] > 0
 
 
 def test_quantised_weights_are_fewer_bytes(quintet: Any, chat_model: Path) -> None:

@@ -219,7 +219,8 @@ def _measured(
 
     on_cpu = model.device.type == "cpu"
     bandwidth = bandwidth if on_cpu else None
-    peak = machine.gemm_peak(model.dtype) if on_cpu and any(prompts) else None
+    multiplies = any(prompts) or (steps > 0 and max(batches) > 1)
+    peak = machine.gemm_peak(model.dtype) if on_cpu and multiplies else None
     with machine.MachineLoad() as load:
         rows = []
         for row in _rows(
@@ -296,6 +297,8 @@ def _rows(
                 ]
             )
             floor = None if bandwidth is None else counted.total / bandwidth.bytes_per_second
+            if floor is not None and peak is not None:
+                floor = max(floor, floors.prompt_flops(model.config, batch, 1) / peak)
             yield _row(f"tg{steps} @ d{depth}", batch, batch, spread, floor, asdict(counted))
 
 
