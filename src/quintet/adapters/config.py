@@ -36,6 +36,8 @@ IGNORED = {
 }
 # Ways to begin that take from the base model what they put into the adapter.
 CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
+# Those whose part the weights alone say: see `quintet.adapters.beginnings`.
+KNOWN_PARTS = ("pissa", "olora")
 
 
 @runtime_checkable
@@ -122,7 +124,8 @@ class LoraConfig:
                 "none of this library's does"
             )
         start = self.init_lora_weights
-        if isinstance(start, str) and start.startswith(CHANGES_BASE):
+        known = isinstance(start, str) and start.lower() in KNOWN_PARTS
+        if isinstance(start, str) and start.startswith(CHANGES_BASE) and not known:
             raise UnsupportedModelError(
                 f"init_lora_weights={start!r} changed the base model's weights when the adapter "
                 "was made, and the adapter is right on those alone: save it again in PEFT with "

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from quintet.adapters.adaptation import EXPERT_STACKS, Adaptation
 from quintet.adapters.bases import dense, device_of, is_embedding, is_experts, is_linear, shape_of
-from quintet.adapters.config import LoraConfig
+from quintet.adapters.config import KNOWN_PARTS, LoraConfig
 from quintet.adapters.layout import ModuleLayout, Spot
 from quintet.adapters.lowrank import EmbeddingLowRank, ExpertStackLowRank, LowRank, NewRows
 from quintet.adapters.reading import Adaptations, tie
@@ -63,6 +63,12 @@ def new_adapter(layout: ModuleLayout, config: LoraConfig) -> Adaptations:
         InputError: the configuration targets nothing, or a module that cannot have an adapter.
         UnsupportedModelError: it targets one that cannot have one of its kind.
     """
+    start = config.init_lora_weights
+    if isinstance(start, str) and start.lower() in KNOWN_PARTS:
+        raise UnsupportedModelError(
+            f"init_lora_weights={start!r} takes a part out of the base model, which is only read "
+            "and not begun here; PEFT itself can put it on a model of this library (get_peft_model)"
+        )
     adaptations: Adaptations = {}
 
     def adaptation_of(spot: Spot) -> Adaptation:

@@ -7,6 +7,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from quintet.adapters.beginnings import of_original
 from quintet.adapters.collection import Adapters
 from quintet.adapters.config import LoraConfig
 from quintet.adapters.files import open_adapter
@@ -124,6 +125,7 @@ class Adapting(AdaptedRows):
                 adaptations = read_adapter(layout, config, weights, where)
             except MisfitError as error:
                 raise CheckpointError(f"{error}\n{self._whose(config)}") from error
+            config = of_original(layout, config, adaptations)
         if swaps:
             adapters.remove(self, [adapter_name])
         warn_of_missing(expected(layout, config), names_of(layout, adaptations), where)
