@@ -5,6 +5,8 @@ BIN := .venv/bin
 # Tests run in as many processes, of one thread each; 0 is this process alone.
 WORKERS ?= 2
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# The kernels for this CPU, of the sources here: pip may be at work on what is installed.
+COMPILE := PYTHONPATH=src $(BIN)/python -m quintet.kernels >/dev/null
 
 .PHONY: demo chat serve test test-tools sanitize fuzz schedules lint types train bench bench-smoke bench-training bench-parallel bench-serving soak kills gpu-check clean
 
@@ -19,8 +21,8 @@ chat: .venv/base
 serve: .venv/serve
 	@$(BIN)/quintet serve smollm2 $(SERVE)
 
-# The processes that tests start find what was compiled, whatever the environment says of that.
-test: export PYTHONDONTWRITEBYTECODE =
+# What is imported once is compiled for all who come later, whatever the environment says of that.
+export PYTHONDONTWRITEBYTECODE =
 test: export OMP_NUM_THREADS = 1
 test: lint types
 	@# Tests beside each other share a machine: what fails is told, and once more tried alone.
@@ -112,24 +114,30 @@ gpu-check:
 clean:
 	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.venv/base: pyproject.toml constraints.txt
+.venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, and $(PYTHON) is older; make PYTHON=python3.12 takes another")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "installing quintet into .venv (once, some minutes: torch is 1 GB, with CUDA 5 GB)" >&2
 	@$(INSTALL) torch
 	@$(INSTALL) -e .
-	@$(BIN)/python -m quintet.kernels >/dev/null
+	@touch $@
+
+.venv/base: .venv/installed
+	@$(COMPILE)
 	@touch $@
 
 .venv/serve: .venv/base
 	@$(INSTALL) -e ".[serve]"
 	@touch $@
 
-.venv/dev: .venv/base
-	@echo "installing the test tools into .venv (once)" >&2
-	@$(INSTALL) -e ".[dev,serve,train]"
-	@$(BIN)/quintet info smollm2 >/dev/null || echo "tests that need SmolLM2 will be skipped" >&2
-	@touch $@
+.venv/dev: .venv/installed
+	@echo "installing the test tools into .venv and compiling the kernels (once)" >&2
+	@# Beside each other, since pip has use for one core; and it need not compile what nobody imports.
+	@$(COMPILE) & compiling=$$!; \
+	  $(INSTALL) --no-compile -e ".[dev,serve,train]" || exit; \
+	  $(BIN)/quintet info smollm2 >/dev/null || echo "tests that need SmolLM2 will be skipped" >&2; \
+	  wait $$compiling
+	@touch .venv/base $@
 
 .venv/tools: .venv/dev
 	@echo "installing the tools of others into .venv (once)" >&2
