@@ -142,7 +142,8 @@ class Recipe:
         saying = f"compiling kernels for this CPU ({self.level}), once; usually half a minute"
         # Beside the target, so that the move is one step.
         with told(saying), store.scratch(folder) as scratch:
-            sources = sorted(SOURCES.glob("*.cpp"))
+            # Backwards: whole stacks take longest, and no compiler is to begin with one last.
+            sources = sorted(SOURCES.glob("*.cpp"), reverse=True)
             objects = [scratch / f"{source.stem}.o" for source in sources]
             # The threads wait for compilers, of which there are as many as there are cores.
             with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
