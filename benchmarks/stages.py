@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.processes import Seat, config_of, ratio, running
 from quintet.configuration import PreTrainedConfig
-from quintet.generation import mixin
+from quintet.generation import call
 from quintet.measurement.synthetic import random_ids, random_model
 from quintet.parallel.apply import shard_model
 from quintet.parallel.world import Degrees, World
@@ -36,11 +36,11 @@ def serve(seat: Seat, config: PreTrainedConfig) -> None:
         shard_model(model, world)
         model.world = world
     for batch, prompt, new in seat.work():
-        groups = mixin.groups_of if seat.setup == "in turns" else _all_at_once
+        groups = call.groups_of if seat.setup == "in turns" else _all_at_once
         torch.manual_seed(0)
         ids = random_ids(config.vocab_size, batch, prompt)
         began = time.perf_counter()
-        with mock.patch.object(mixin, "groups_of", groups):
+        with mock.patch.object(call, "groups_of", groups):
             model.generate(ids, max_new_tokens=new, do_sample=False, eos_token_id=None)
         seat.orders.send(time.perf_counter() - began)
 

@@ -39,7 +39,7 @@ def test_for_programs(quintet: Any) -> None:
     assert found["load"]["rate"] == 500
     assert found["requests"]["answered"] == 5
     assert found["good"]["share"] == 1
-    assert fake.is_requested[-1]["top_k"] == 2
+    assert fake.asked[-1]["top_k"] == 2
 
 
 @pytest.mark.parametrize(

@@ -135,7 +135,7 @@ def test_settings_are_fields_of_requests(quintet: Any, said: Scripted, url: str)
     typed = "Hi\n/set top_p=None max_new_tokens=7 do_sample=False\nHi\n/set\n"
     result = quintet(*asked, stdin=typed)
     assert result.code == 0
-    first, second = said.is_requested
+    first, second = said.asked
     assert (first["temperature"], first["stop"], first["top_p"], first["seed"]) == (
         0.5,
         ["END"],
@@ -154,7 +154,7 @@ def test_thoughts_are_told_apart_and_not_read_again(
     path = tmp_path / "talk.json"
     result = quintet("chat", url, "--reasoning", "show", stdin=f"Well?\nSure?\n/save {path}\n")
     assert result.out == "Hm. Ah.\n\n42\n43\n"
-    assert said.is_requested[1]["messages"][1] == {"role": "assistant", "content": "42"}
+    assert said.asked[1]["messages"][1] == {"role": "assistant", "content": "42"}
     messages = json.loads(path.read_text(encoding="utf-8"))["messages"]
     assert messages[1] == {"role": "assistant", "content": "42", "reasoning_content": "Hm. Ah."}
 
@@ -185,7 +185,7 @@ def test_a_server_that_lists_no_models_is_told_which(
     assert quintet("chat", url, "Hi").code == 2
     result = quintet("chat", url, "Hi", "model=mine")
     assert (result.code, result.out) == (0, "Hello\n")
-    assert said.is_requested[-1]["model"] == "mine"
+    assert said.asked[-1]["model"] == "mine"
     assert "1 token\n" in result.err
 
 

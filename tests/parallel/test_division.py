@@ -15,7 +15,7 @@ from parallel.launching import launch
 from quintet import AutoModelForCausalLM, DistributedConfig, demo_model
 from quintet.errors import InputError
 from quintet.modeling.init_on_meta import init_on_meta
-from quintet.parallel.division import asked, degrees_for
+from quintet.parallel.division import degrees_for, requested_division
 from quintet.parallel.world import Degrees
 
 
@@ -76,8 +76,8 @@ def test_what_does_not_go_is_refused_by_name(options: dict[str, Any], message: s
 
 @pytest.mark.usefixtures("several")
 def test_a_device_map_asks_for_all_processes_where_it_is_auto() -> None:
-    assert asked(None, None, None, None, auto=True) == DistributedConfig()
-    assert asked(None, None, None, None, auto=False) is None
+    assert requested_division(None, None, None, None, auto=True) == DistributedConfig()
+    assert requested_division(None, None, None, None, auto=False) is None
 
 
 @pytest.mark.usefixtures("several")

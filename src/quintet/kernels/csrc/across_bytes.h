@@ -121,7 +121,7 @@ inline void excess_of(const int8_t* w, i64 apart, i64 groups, int32_t* to) {
                 sums[k] = _mm512_dpbusd_epi32(sums[k], _mm512_set1_epi8(1), _mm512_loadu_si512(w + (r + k) * apart + g * GROUP));
         alignas(16) int32_t four[4];
         _mm_store_si128(reinterpret_cast<__m128i*>(four), totals(sums[0], sums[1], sums[0], sums[1]));
-        to[r] = four[0] << 15, to[r + 1] = four[1] << 15;
+        for (int k = 0; k < 2; ++k) to[r + k] = int32_t(uint32_t(four[k]) << 15);
     }
 }
 
