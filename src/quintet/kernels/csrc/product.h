@@ -1,10 +1,10 @@
-// Products of several rows with a matrix. 2 LANES rows of the matrix are packed, so that lanes are
+// Products of the many rows of a prompt with a matrix. 2 LANES rows of the matrix are packed, so that lanes are
 // outputs and a pair of a row's numbers is broadcast to all of them.
 //
 // A dot product is summed as `sum` sums the lanes of a vector that went along both rows: pairs that
 // such a lane meets follow each other, lane after lane, and lanes are added as `sum` does. So a result
 // has the same bits whichever way it was computed, and beside however many others. Prompts have an
-// order of their own (prompt.h).
+// order of their own (orders.h).
 #pragma once
 #include "tiles.h"
 
